@@ -1,0 +1,1 @@
+"""Programs: each file is one complete training job."""
