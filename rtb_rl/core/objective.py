@@ -1,0 +1,103 @@
+"""The relative trajectory balance objective and what its residuals say about the posterior.
+
+All functions take and return one number per path, in nats. arXiv 2405.20971, eq. 8 and section 2.2.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Generator, Tensor
+
+from rtb_rl.core.protocols import Denoiser, Diffusion
+from rtb_rl.core.trajectory import Trajectory, steps_in_chunks
+
+Penalty = Callable[[Tensor], Tensor]
+
+
+def log_weight(log_reward: Tensor, log_ratio: Tensor, beta: float) -> Tensor:
+    """beta log r - (log p_post - log p_prior): a one-path estimate of log Z."""
+    return beta * log_reward - log_ratio
+
+
+def residual(log_z: Tensor, log_weight: Tensor) -> Tensor:
+    """log Z - log_weight: zero on every path exactly when the posterior is right."""
+    return log_z - log_weight
+
+
+def square(residual: Tensor) -> Tensor:
+    """residual^2."""
+    return residual.square()
+
+
+def huber(threshold: float) -> Penalty:
+    """residual^2 up to the threshold, then linear with the same slope."""
+
+    def penalty(residual: Tensor) -> Tensor:
+        return 2 * torch.nn.functional.huber_loss(
+            residual, torch.zeros_like(residual), reduction="none", delta=threshold
+        )
+
+    return penalty
+
+
+def rtb_loss(residual: Tensor, penalty: Penalty = square) -> Tensor:
+    """The mean penalty of the residuals; a scalar."""
+    return penalty(residual).mean()
+
+
+def random_levels(levels: int, count: int, batch: int, *, generator: Generator) -> Tensor:
+    """`count` different levels of 1..levels for each path, uniformly: int64 [count, batch]."""
+    if not 1 <= count <= levels:
+        raise ValueError(f"can't draw {count} different levels out of {levels}")
+    order = torch.rand((levels, batch), generator=generator, device=generator.device).argsort(0)
+    return order[:count] + 1
+
+
+def backward_in_chunks(
+    diffusion: Diffusion,
+    posterior: Denoiser,
+    trajectory: Trajectory,
+    weight: Tensor,
+    *,
+    levels: Tensor | None = None,
+    chunk: int | None = None,
+) -> None:
+    """Add sum_paths weight * grad log p_post(path) to the gradients of the posterior's parameters.
+
+    `weight` [batch] is d loss / d log_ratio, computed without a graph; since the states of a path
+    are constants and the prior is frozen, this is the whole gradient. `levels` [count, batch] takes
+    a random subset of the steps of each path and scales by K / count (unbiased). Memory grows with
+    `chunk` rows, not with K.
+    """
+    if levels is None:
+        every = torch.arange(1, trajectory.levels + 1, device=weight.device)
+        levels = every[:, None].expand(-1, len(weight))
+    weight = weight.detach() * (trajectory.levels / levels.shape[0])
+    for x_before, x, level, condition, path in steps_in_chunks(trajectory, levels, chunk):
+        kernel = diffusion.kernel(posterior(x, level, condition), x, level)
+        (weight[path] * kernel.log_prob(x_before)).sum().backward()
+
+
+def elbo(log_weight: Tensor) -> Tensor:
+    """Mean log-weight of paths drawn from the posterior: at most log Z. Reduces the last axis."""
+    return log_weight.mean(-1)
+
+
+def importance_log_z(log_weight: Tensor) -> tuple[Tensor, Tensor]:
+    """log mean exp(log_weight) over posterior paths (last axis), and its standard error.
+
+    Consistent for log Z; the standard error is that of the mean weight, by the delta method.
+    """
+    count = log_weight.shape[-1]
+    log_z = log_weight.logsumexp(-1) - math.log(count)
+    relative = (log_weight - log_z.unsqueeze(-1)).exp()
+    return log_z, relative.std(-1) / math.sqrt(count)
+
+
+def effective_sample_size(log_weight: Tensor) -> Tensor:
+    """(sum w)^2 / (n sum w^2) of the importance weights along the last axis, between 1 / n and
+    1.
+    """
+    count = log_weight.shape[-1]
+    return (2 * log_weight.logsumexp(-1) - (2 * log_weight).logsumexp(-1)).exp() / count

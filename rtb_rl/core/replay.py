@@ -1,0 +1,53 @@
+"""Memory of final points: what a posterior has already found and been told the reward of."""
+
+import torch
+from torch import Generator, Tensor
+
+from rtb_rl.core import conditions
+from rtb_rl.core.protocols import Condition
+
+
+class SampleReplay:
+    """The last `capacity` final points with their conditions and log-rewards; drawn uniformly.
+
+    A drawn point becomes a path by `noise_back`, so nothing about the path it came from is kept.
+    """
+
+    def __init__(self, capacity: int):
+        if capacity < 1:
+            raise ValueError(f"capacity must be at least 1, not {capacity}")
+        self.capacity = capacity
+        self.x0: Tensor | None = None
+        self.condition: Condition = None
+        self.log_reward: Tensor | None = None
+
+    def __len__(self) -> int:
+        return 0 if self.x0 is None else len(self.x0)
+
+    def add(self, x0: Tensor, condition: Condition, log_reward: Tensor) -> None:
+        """Append rows; the oldest beyond the capacity are forgotten."""
+        recent = slice(-self.capacity, None)
+        if self.x0 is not None and self.log_reward is not None:
+            x0 = torch.cat([self.x0, x0])
+            condition = conditions.concatenate([self.condition, condition])
+            log_reward = torch.cat([self.log_reward, log_reward])
+        self.x0 = x0[recent].detach()
+        self.condition = conditions.take(condition, recent)
+        self.log_reward = log_reward[recent].detach()
+
+    def sample(self, count: int, *, generator: Generator) -> tuple[Tensor, Condition, Tensor]:
+        """`count` rows with replacement: final points, conditions, log-rewards."""
+        if self.x0 is None or self.log_reward is None:
+            raise ValueError("nothing has been added to the replay yet")
+        index = torch.randint(len(self.x0), (count,), generator=generator, device=self.x0.device)
+        return self.x0[index], conditions.take(self.condition, index), self.log_reward[index]
+
+    def state_dict(self) -> dict:
+        return {"x0": self.x0, "condition": self.condition, "log_reward": self.log_reward}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.x0, self.condition, self.log_reward = (
+            state["x0"],
+            state["condition"],
+            state["log_reward"],
+        )

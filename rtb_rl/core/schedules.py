@@ -1,0 +1,96 @@
+"""Signal and noise per level: x_k = signal[k] x_0 + noise[k] eps with signal^2 + noise^2 = 1."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Signal at levels 0..K, float64, strictly decreasing from 1; noise = sqrt(1 - signal^2)."""
+
+    signal: Tensor
+
+    def __post_init__(self):
+        signal = self.signal
+        if signal.ndim != 1 or len(signal) < 2:
+            raise ValueError(
+                f"a schedule needs signals at levels 0..K with K >= 1, not shape "
+                f"{tuple(signal.shape)}"
+            )
+        if signal[0] != 1 or signal[-1] < 0 or not bool((signal.diff() < 0).all()):
+            raise ValueError(
+                "signal must start at 1 (level 0 is clean data), strictly decrease and stay >= 0"
+            )
+
+    @property
+    def levels(self) -> int:
+        return len(self.signal) - 1
+
+    @property
+    def noise(self) -> Tensor:
+        return (1 - self.signal.square()).sqrt()
+
+    @property
+    def step_variance(self) -> Tensor:
+        """beta_k, the noise added from level k - 1 to k: [K + 1], with beta_0 = 0 by convention."""
+        ratio = self.signal[1:] / self.signal[:-1]
+        return torch.cat([torch.zeros(1, dtype=ratio.dtype), 1 - ratio.square()])
+
+
+def linear_schedule(levels: int, *, first: float = 1e-4, last: float = 0.02) -> Schedule:
+    """Betas linear from `first` to `last` of a 1000-step chain, rescaled by 1000 / levels.
+
+    Without the rescaling a short chain ends far from noise (signal 0.674 at 75 levels) and N(0, I)
+    is not its start law. DDPM, arXiv 2006.11239 section 4. Raises ValueError where the rescaled
+    beta reaches 1 (levels <= 20).
+    """
+    beta = torch.linspace(first, last, levels, dtype=torch.float64) * (1000 / levels)
+    if beta[-1] >= 1:
+        raise ValueError(
+            f"a linear schedule of {levels} levels has beta {beta[-1]:.3g} >= 1 after rescaling;"
+            f" use more than {int(1000 * last)} levels, or vp_schedule"
+        )
+    return _from_signal_squared((1 - beta).cumprod(0))
+
+
+def vp_schedule(levels: int, *, beta_min: float = 0.1, beta_max: float = 20.0) -> Schedule:
+    """The variance-preserving SDE at times k / K; signal left exp(-(beta_min + beta_max) / 4) =
+    0.0066.
+
+    arXiv 2011.13456 eq. 32-33. Any number of levels.
+    """
+    time = torch.linspace(0, 1, levels + 1, dtype=torch.float64)[1:]
+    return _from_signal_squared(
+        (-beta_min * time - (beta_max - beta_min) * time.square() / 2).exp()
+    )
+
+
+def cosine_schedule(levels: int, *, offset: float = 0.008, last_signal: float = 1e-3) -> Schedule:
+    """Squared signal cos^2 of an angle rising linearly; the last one floored at `last_signal`^2.
+
+    arXiv 2102.09672 eq. 17.
+    """
+    time = torch.linspace(0, 1, levels + 1, dtype=torch.float64)
+    squared = ((time + offset) / (1 + offset) * math.pi / 2).cos().square()
+    return _from_signal_squared((squared / squared[0])[1:].clamp(min=last_signal**2))
+
+
+def zero_terminal_signal(schedule: Schedule) -> Schedule:
+    """The schedule shifted and scaled so that no signal is left at level K (arXiv 2305.08891,
+    algorithm 1).
+
+    Its last level needs predictions of clean data or velocity: a noise prediction says nothing
+    about x0 there.
+    """
+    signal = schedule.signal[1:]
+    if len(signal) < 2:
+        raise ValueError("zero terminal signal needs at least two levels")
+    rescaled = (signal - signal[-1]) * (signal[0] / (signal[0] - signal[-1]))
+    return _from_signal_squared(rescaled.square())
+
+
+def _from_signal_squared(squared: Tensor) -> Schedule:
+    return Schedule(torch.cat([torch.ones(1, dtype=torch.float64), squared.sqrt()]))
