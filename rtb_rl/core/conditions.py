@@ -48,3 +48,25 @@ def count(condition: Condition) -> int | None:
         return None
     rows = condition if isinstance(condition, Tensor) else next(iter(condition.values()))
     return rows.shape[0]
+
+
+def interleave(parts: Sequence[Condition], rows: int) -> Condition:
+    """Blocks of neighbours merged: parts[i] holds `rows` blocks, and so does the result.
+
+    With blocks a1 a2 | a3 a4 and b1 | b2 (two rows) the result is a1 a2 b1 | a3 a4 b2.
+    """
+    first = parts[0]
+    if first is None:
+        return None
+    if isinstance(first, Tensor):
+        return interleave_tensors([p for p in parts if isinstance(p, Tensor)], rows)
+    return {
+        name: interleave_tensors([p[name] for p in parts if isinstance(p, dict)], rows)
+        for name in first
+    }
+
+
+def interleave_tensors(parts: Sequence[Tensor], rows: int) -> Tensor:
+    """`interleave` for tensors [rows * block, ...]."""
+    blocks = [part.reshape(rows, -1, *part.shape[1:]) for part in parts]
+    return torch.cat(blocks, dim=1).flatten(0, 1)

@@ -3,7 +3,7 @@ inherit.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, Self
 
 from torch import Generator, Tensor
 
@@ -34,7 +34,7 @@ class Kernel(Protocol):
         """log p(x), nats: [batch]. Differentiable in the prediction that made the kernel."""
         ...
 
-    def log_ratio(self, other: "Kernel", x: Tensor) -> Tensor:
+    def log_ratio(self, other: Self, x: Tensor) -> Tensor:
         """log p_self(x) - log p_other(x), nats: [batch]. Exactly zero for equal predictions."""
         ...
 

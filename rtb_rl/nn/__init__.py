@@ -1,1 +1,7 @@
-"""."""
+"""Small networks."""
+
+from rtb_rl.nn.ensemble import EnsembleMLP
+from rtb_rl.nn.langevin import LangevinDenoiser
+from rtb_rl.nn.mlp import MLP, ResidualMLP
+
+__all__ = ["MLP", "EnsembleMLP", "LangevinDenoiser", "ResidualMLP"]

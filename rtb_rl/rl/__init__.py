@@ -1,1 +1,74 @@
-"""."""
+"""Offline reinforcement learning: data, prior, critic, posterior, policies, episodes."""
+
+from rtb_rl.rl.budget import Budget, Tuning, budget_for, read_tuning
+from rtb_rl.rl.collect import collect
+from rtb_rl.rl.critic import Critic, IQLCritic, check_critic, load_critic
+from rtb_rl.rl.critic_training import (
+    CriticSettings,
+    GaussianSettings,
+    fit_critic,
+    fit_gaussian_policy,
+)
+from rtb_rl.rl.dataset import TransitionDataset, Transitions
+from rtb_rl.rl.environments import make_environment
+from rtb_rl.rl.evaluation import EpisodeRecords, Policy, evaluate
+from rtb_rl.rl.gaussian_policy import AdvantageWeightedRegression, GaussianPolicy, MeanActionPolicy
+from rtb_rl.rl.iql import IQL
+from rtb_rl.rl.job import Job, JobSettings, open_job
+from rtb_rl.rl.policy import DiffusionPolicy
+from rtb_rl.rl.posterior import PosteriorSettings, fit_posterior
+from rtb_rl.rl.prior import ActionDiffusion, ActionNetwork, fit_prior
+from rtb_rl.rl.readers import load_dataset
+from rtb_rl.rl.report import StatePanel, state_panels
+from rtb_rl.rl.saved import SavedPolicy, load_policy
+from rtb_rl.rl.scores import normalised_score, reference_returns
+from rtb_rl.rl.summary import DatasetSummary, summarise
+from rtb_rl.rl.task import critic_log_reward, offline_rl_task
+from rtb_rl.rl.video import record_episode
+
+__all__ = [
+    "IQL",
+    "ActionDiffusion",
+    "ActionNetwork",
+    "AdvantageWeightedRegression",
+    "Budget",
+    "Critic",
+    "CriticSettings",
+    "DatasetSummary",
+    "DiffusionPolicy",
+    "EpisodeRecords",
+    "GaussianPolicy",
+    "GaussianSettings",
+    "IQLCritic",
+    "Job",
+    "JobSettings",
+    "MeanActionPolicy",
+    "Policy",
+    "PosteriorSettings",
+    "SavedPolicy",
+    "StatePanel",
+    "TransitionDataset",
+    "Transitions",
+    "Tuning",
+    "budget_for",
+    "check_critic",
+    "collect",
+    "critic_log_reward",
+    "evaluate",
+    "fit_critic",
+    "fit_gaussian_policy",
+    "fit_posterior",
+    "fit_prior",
+    "load_critic",
+    "load_dataset",
+    "load_policy",
+    "make_environment",
+    "normalised_score",
+    "offline_rl_task",
+    "open_job",
+    "read_tuning",
+    "record_episode",
+    "reference_returns",
+    "state_panels",
+    "summarise",
+]

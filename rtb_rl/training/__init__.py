@@ -1,1 +1,1 @@
-"""."""
+"""From mathematics to a job: pretraining, fine-tuning, runs, checkpoints."""

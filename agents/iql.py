@@ -1,0 +1,31 @@
+"""Implicit Q-learning with its own policy: a Gaussian weighted by the advantage (arXiv 2110.06169).
+
+rtb-rl run iql --dataset hopper-medium-replay.hdf5 --out runs/hopper-iql
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from rtb_rl.rl import JobSettings, fit_gaussian_policy, open_job
+
+
+@dataclass(frozen=True)
+class Settings(JobSettings):
+    """Implicit Q-learning with a Gaussian policy."""
+
+
+def main(settings: Settings) -> None:
+    """Fit the critic, extract the policy and evaluate its mean action."""
+    tuning = Path(__file__).with_name("rtb_iql.toml")
+    job = open_job(settings, program="iql", method="iql", tuning_file=tuning)
+    critic = job.critic()
+    fit_gaussian_policy(
+        job.out / "iql", job.dataset, critic, job.budget.gaussian, seed=settings.seed
+    )
+    job.finish(["iql"], critic=critic)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))

@@ -1,0 +1,60 @@
+"""Offline RL with relative trajectory balance: behaviour prior, IQL critic, posterior, episodes.
+
+    rtb-rl run rtb_iql --dataset hopper-medium-replay.hdf5 --out runs/hopper
+
+Four stages, each in a directory of its own under --out: prior/ learns mu(a|s) from the data,
+critic/ learns Q(s, a) by implicit Q-learning, posterior/ fine-tunes the prior towards
+mu(a|s) exp(beta Q(s, a)) / Z(s), evaluation/ runs episodes. The baselines share prior and critic:
+the prior itself, the best of N prior draws by the critic, and IQL's own Gaussian policy (iql/).
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import tyro
+
+from rtb_rl.rl import (
+    JobSettings,
+    fit_gaussian_policy,
+    fit_posterior,
+    fit_prior,
+    open_job,
+    state_panels,
+)
+
+
+@dataclass(frozen=True)
+class Settings(JobSettings):
+    """Offline RL with relative trajectory balance."""
+
+    grouped_log_z: bool = False
+    """Estimate log Z(s) by the mean over the paths of a state instead of a network."""
+    langevin: bool = False
+    """Let the posterior use the critic's gradient."""
+
+
+def main(settings: Settings) -> None:
+    """Fit prior, critic and posterior, skipping what is complete, and evaluate."""
+    job = open_job(
+        settings,
+        program="rtb_iql",
+        method="rtb",
+        tuning_file=Path(__file__).with_suffix(".toml"),
+    )
+    data, budget, seed = job.dataset, job.budget, settings.seed
+    prior = fit_prior(job.out / "prior", data, budget.prior, seed=seed)
+    critic = job.critic()
+    methods = ["prior", "best_of_n", "rtb"]
+    if hasattr(critic, "v"):
+        fit_gaussian_policy(job.out / "iql", data, critic, budget.gaussian, seed=seed)
+        methods.insert(1, "iql")
+    chosen = replace(
+        budget.posterior, grouped_log_z=settings.grouped_log_z, langevin=settings.langevin
+    )
+    posterior = fit_posterior(job.out / "posterior", data, prior, critic, chosen, seed=seed)
+    panels = state_panels(data, prior, posterior, critic, chosen.finetune.beta, seed=seed)
+    job.finish(methods, critic=critic, panels=panels)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))

@@ -1,0 +1,87 @@
+"""How long each stage runs: three sizes of the same job, and what is tuned per data set."""
+
+import tomllib
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Literal
+
+from rtb_rl.errors import InputError
+from rtb_rl.rl.critic_training import CriticSettings, GaussianSettings
+from rtb_rl.rl.posterior import PosteriorSettings
+from rtb_rl.training.finetune import FinetuneSettings
+from rtb_rl.training.pretrain import PretrainSettings
+
+BudgetName = Literal["smoke", "demo", "full"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Settings of every stage."""
+
+    prior: PretrainSettings = field(default_factory=PretrainSettings)
+    critic: CriticSettings = field(default_factory=CriticSettings)
+    gaussian: GaussianSettings = field(default_factory=GaussianSettings)
+    posterior: PosteriorSettings = field(default_factory=PosteriorSettings)
+    episodes: int = 20
+    """Episodes of every evaluated method."""
+    collected_steps: int = 200_000
+    """Transitions of the embedded data set, where no other is given."""
+
+    def with_beta(self, beta: float) -> "Budget":
+        """The same budget for another strength of the critic."""
+        finetune = replace(self.posterior.finetune, beta=beta)
+        return replace(self, posterior=replace(self.posterior, finetune=finetune))
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What is set per data set; `default` serves the others."""
+
+    beta: float = 10.0
+    """Inverse temperature, in nats per unit of the critic (returns scaled to a range of 1000)."""
+    expectile: float = 0.7
+
+
+def budget_for(name: BudgetName, tuning: Tuning) -> Budget:
+    """`full`: about 20 minutes on two cores; `demo`: a few; `smoke`: every stage in seconds."""
+    budget = {"smoke": _smoke, "demo": _demo, "full": Budget}[name]()
+    budget = replace(budget, critic=replace(budget.critic, expectile=tuning.expectile))
+    return budget.with_beta(tuning.beta)
+
+
+def _demo() -> Budget:
+    return Budget(
+        prior=PretrainSettings(steps=10_000),
+        critic=CriticSettings(steps=15_000),
+        gaussian=GaussianSettings(steps=6_000),
+        posterior=PosteriorSettings(FinetuneSettings(updates=800, beta_warmup=100)),
+        collected_steps=100_000,
+    )
+
+
+def _smoke() -> Budget:
+    finetune = FinetuneSettings(updates=40, beta_warmup=10, conditions=32)
+    return Budget(
+        prior=PretrainSettings(steps=300),
+        critic=CriticSettings(steps=300),
+        gaussian=GaussianSettings(steps=300),
+        posterior=PosteriorSettings(finetune, diagnostic_rows=8),
+        episodes=2,
+        collected_steps=5_000,
+    )
+
+
+def read_tuning(path: Path, dataset: str) -> Tuning:
+    """The table of a data set in a TOML file, or its table `default`.
+
+    Raises InputError for keys that are no settings, in any table.
+    """
+    known = {f.name for f in fields(Tuning)}
+    tables = tomllib.loads(path.read_text())
+    for name, table in tables.items():
+        if unknown := sorted(set(table) - known):
+            raise InputError(
+                f"{path.name}, table [{name}]: unknown {', '.join(unknown)}; known are"
+                f" {', '.join(sorted(known))}"
+            )
+    return Tuning(**tables.get(dataset, tables.get("default", {})))

@@ -1,0 +1,125 @@
+"""The posterior policy pi(a | s) = mu(a | s) exp(beta Q(s, a)) / Z(s), by trajectory balance."""
+
+import copy
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from rtb_rl.core import ConditionalLogZ, GroupMeanLogZ, huber, square
+from rtb_rl.errors import InputError
+from rtb_rl.nn import MLP, LangevinDenoiser
+from rtb_rl.rl.critic import Critic, check_critic
+from rtb_rl.rl.dataset import TransitionDataset
+from rtb_rl.rl.prior import ActionDiffusion
+from rtb_rl.rl.stage import complete, data_facts, fingerprint
+from rtb_rl.rl.task import critic_gradient, offline_rl_task
+from rtb_rl.training.diagnostics import diagnose
+from rtb_rl.training.finetune import Finetuner, FinetuneSettings, LearnedLogZ
+from rtb_rl.training.loop import train
+from rtb_rl.training.run import Run
+from rtb_rl.training.seeding import generator_for
+
+
+@dataclass(frozen=True)
+class PosteriorSettings:
+    """How the posterior is trained."""
+
+    finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
+    huber_threshold: float | None = None
+    """Residuals beyond it, in nats, are penalised linearly; None: squared throughout."""
+    grouped_log_z: bool = False
+    """Log Z(s) as the mean over the paths of a state (VarGrad) instead of a network."""
+    langevin: bool = False
+    """Add a learned multiple of the critic's gradient to the prediction."""
+    diagnostic_rows: int = 64
+    """States of the final diagnostics, with 256 draws each."""
+
+
+def posterior_model(
+    prior: ActionDiffusion, critic: Critic | None, *, langevin: bool
+) -> ActionDiffusion:
+    """A model that starts exactly at the prior: every log-ratio is zero.
+
+    The critic is needed for the Langevin term alone.
+    """
+    model = copy.deepcopy(prior).requires_grad_(True)
+    if langevin:
+        if critic is None:
+            raise InputError("the Langevin term needs the critic that the posterior was made with")
+        (size,) = prior.diffusion.event_shape
+        model.denoiser = LangevinDenoiser(
+            model.denoiser, critic_gradient(critic), levels=prior.diffusion.levels, size=size
+        ).to(prior.device)
+    return model
+
+
+def fit_posterior(
+    directory: str | Path,
+    dataset: TransitionDataset,
+    prior: ActionDiffusion,
+    critic: Critic,
+    settings: PosteriorSettings | None = None,
+    *,
+    seed: int = 0,
+) -> ActionDiffusion:
+    """The posterior of a behaviour prior and a critic; results.json of its run has the diagnostics.
+
+    Raises InputError for a critic whose `q` does not return one finite number a row.
+    """
+    settings = settings or PosteriorSettings()
+    check_critic(critic, dataset.observation_size, dataset.action_size, device=prior.device)
+    config = {
+        **data_facts(dataset),
+        "posterior": asdict(settings),
+        "prior": fingerprint(prior),
+        "critic": fingerprint(critic),
+        "seed": seed,
+    }
+    run = Run(directory, config)
+    data = dataset.to(prior.device)
+    posterior = posterior_model(prior, critic, langevin=settings.langevin)
+    task = offline_rl_task(
+        data, prior.diffusion, prior.denoiser, copy.deepcopy(posterior.denoiser), critic
+    )
+
+    def fit() -> dict[str, Any]:
+        threshold = settings.huber_threshold
+        finetuner = Finetuner(
+            task,
+            _log_z(data, settings, seed),
+            settings.finetune,
+            generator=generator_for(seed, "posterior", device=prior.device),
+            penalty=square if threshold is None else huber(threshold),
+            accelerator=Accelerator(),
+        )
+        seconds = train(
+            run,
+            finetuner.update,
+            finetuner.parts,
+            steps=settings.finetune.updates,
+            description="posterior",
+            log_every=20,
+            checkpoint_every=200,
+        )
+        posterior.denoiser.load_state_dict(finetuner.average.module.state_dict())
+        diagnostics = diagnose(
+            task,
+            posterior.denoiser,
+            settings.finetune.beta,
+            rows=settings.diagnostic_rows,
+            generator=generator_for(seed, "diagnostics", device=prior.device),
+        )
+        return {"seconds": seconds, "diagnostics": diagnostics}
+
+    complete(run, posterior, fit)
+    return posterior
+
+
+def _log_z(dataset: TransitionDataset, settings: PosteriorSettings, seed: int) -> LearnedLogZ:
+    if settings.grouped_log_z:
+        return GroupMeanLogZ(settings.finetune.mix.total)
+    network = MLP(dataset.observation_size, 1, generator=generator_for(seed, "log_z"))
+    network.standardise(dataset.observations.cpu())
+    return ConditionalLogZ(network).to(dataset.observations.device)

@@ -1,0 +1,124 @@
+"""Policies of finished runs, rebuilt from their files alone."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from rtb_rl.errors import InputError
+from rtb_rl.rl.critic import Critic, load_critic
+from rtb_rl.rl.critic_training import CriticSettings, new_critic
+from rtb_rl.rl.evaluation import Policy
+from rtb_rl.rl.gaussian_policy import GaussianPolicy, MeanActionPolicy
+from rtb_rl.rl.policy import DiffusionPolicy
+from rtb_rl.rl.posterior import posterior_model
+from rtb_rl.rl.prior import ActionDiffusion, ActionNetwork
+from rtb_rl.rl.stage import load_weights
+from rtb_rl.training.seeding import generator_for
+
+METHODS = ("prior", "iql", "best_of_n", "rtb")
+
+
+@dataclass(frozen=True)
+class SavedPolicy:
+    """A policy and what it was made for."""
+
+    policy: Policy
+    env_id: str | None
+    reference_returns: tuple[float, float] | None
+
+    def act(self, observations: Tensor, *, generator: Generator) -> Tensor:
+        """Actions [batch, action size] in the environment's units."""
+        return self.policy.act(observations, generator=generator)
+
+
+def load_policy(
+    directory: str | Path, method: str | None = None, *, critic: Critic | None = None
+) -> SavedPolicy:
+    """The policy of a run: that of its program, or of another method it has fitted.
+
+    `critic` stands in for one that the run was given as a Python object. Raises InputError for a
+    directory without a finished run or a method it has not fitted.
+    """
+    root = Path(directory)
+    config = _config(root)
+    method = method or config.get("method")
+    if method not in METHODS:
+        raise InputError(f"method {method!r} is none of {', '.join(METHODS)}; name one of these")
+    policy = _build(root, config, method, critic)
+    reference = config["reference_returns"]
+    return SavedPolicy(policy, config["env_id"], tuple(reference) if reference else None)
+
+
+def _build(root: Path, config: dict[str, Any], method: str, critic: Critic | None) -> Policy:
+    if method == "iql":
+        return MeanActionPolicy(load_gaussian(root / "iql"))
+    low, high = torch.tensor(config["action_low"]), torch.tensor(config["action_high"])
+    prior = load_prior(root / "prior")
+    if method == "prior":
+        return DiffusionPolicy(prior.sampler, action_low=low, action_high=high)
+    if method == "best_of_n":
+        return DiffusionPolicy(
+            prior.sampler,
+            action_low=low,
+            action_high=high,
+            candidates=config["candidates"],
+            critic=critic or _critic(root, config),
+        )
+    posterior_config = _config(root / "posterior")
+    langevin = posterior_config["posterior"]["langevin"]
+    needed = critic or _critic(root, config) if langevin else critic
+    posterior = posterior_model(prior, needed, langevin=langevin)
+    load_weights(root / "posterior", posterior)
+    posterior.requires_grad_(False).eval()
+    return DiffusionPolicy(posterior.sampler, action_low=low, action_high=high)
+
+
+def load_prior(directory: Path) -> ActionDiffusion:
+    """The behaviour prior that `fit_prior` left in a directory."""
+    config = _config(directory)
+    model = ActionDiffusion(
+        config["observation_size"],
+        config["action_size"],
+        ActionNetwork(**config["network"]),
+        generator=generator_for(0, "replaced"),
+    )
+    load_weights(directory, model)
+    return model.requires_grad_(False).eval()
+
+
+def load_gaussian(directory: Path) -> GaussianPolicy:
+    """The Gaussian policy that `fit_gaussian_policy` left in a directory."""
+    config = _config(directory)
+    policy = GaussianPolicy(
+        config["observation_size"],
+        action_low=torch.tensor(config["action_low"]),
+        action_high=torch.tensor(config["action_high"]),
+        generator=generator_for(0, "replaced"),
+    )
+    load_weights(directory, policy)
+    return policy.requires_grad_(False).eval()
+
+
+def _critic(root: Path, config: dict[str, Any]) -> Critic:
+    if config.get("critic"):
+        return load_critic(config["critic"], None)
+    stage = _config(root / "critic")
+    critic = new_critic(
+        stage["observation_size"], stage["action_size"], CriticSettings(**stage["critic"])
+    )
+    load_weights(root / "critic", critic)
+    return critic.requires_grad_(False).eval()
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    if not path.exists():
+        raise InputError(
+            f"{directory} holds no fitted stage (no config.json); give the --out directory of a"
+            " finished run"
+        )
+    return json.loads(path.read_text())

@@ -1,0 +1,82 @@
+"""A stage of offline RL: one module fitted in a directory of its own.
+
+It is skipped when complete, resumed when it was interrupted, and refused when the directory was
+made with another configuration. `data_facts` ties it to its data, `fingerprint` to the stages
+before it.
+"""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load, save
+from torch import nn
+
+from rtb_rl.errors import CheckpointError
+from rtb_rl.rl.dataset import TransitionDataset
+from rtb_rl.training.checkpoint import replace_file
+from rtb_rl.training.run import Run
+
+WEIGHTS = "model.safetensors"
+
+
+def data_facts(dataset: TransitionDataset) -> dict[str, Any]:
+    """What a run must know of its data to be continued, or loaded without it."""
+    return {
+        "dataset": dataset.name,
+        "data_sha256": dataset.sha256,
+        "env_id": dataset.env_id,
+        "reference_returns": dataset.reference_returns,
+        "observation_size": dataset.observation_size,
+        "action_size": dataset.action_size,
+        "action_low": dataset.action_low.tolist(),
+        "action_high": dataset.action_high.tolist(),
+    }
+
+
+def device_for_training() -> torch.device:
+    """The device that accelerate chooses: this process's GPU, or the CPU."""
+    return Accelerator().device
+
+
+def complete(run: Run, module: nn.Module, fit: Callable[[], dict[str, Any]]) -> None:
+    """Fit the module, or load it where the run has results; afterwards it is frozen.
+
+    `fit` trains it in place and returns the results to keep.
+    """
+    if run.results is None:
+        results = fit()
+        data = save(_tensors(module))
+        replace_file(run.directory / WEIGHTS, data)
+        run.finish({**results, "sha256": hashlib.sha256(data).hexdigest()})
+    load_weights(run.directory, module)
+    module.requires_grad_(False).eval()
+
+
+def load_weights(directory: Path, module: nn.Module) -> None:
+    """Load a complete stage's weights into a module of the same shape.
+
+    Raises CheckpointError where the file is missing, damaged or of another shape.
+    """
+    path = directory / WEIGHTS
+    try:
+        module.load_state_dict(load(path.read_bytes()))
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path} can't be loaded ({reason}); remove {directory} and run the same command again"
+        ) from error
+
+
+def fingerprint(part: object) -> str:
+    """sha256 of a module's tensors; the class name of anything else."""
+    if isinstance(part, nn.Module):
+        return hashlib.sha256(save(_tensors(part))).hexdigest()
+    return f"{type(part).__module__}.{type(part).__qualname__}"
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.cpu().contiguous() for name, tensor in module.state_dict().items()}

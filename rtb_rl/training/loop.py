@@ -1,0 +1,92 @@
+"""The loop of every training stage: update, log, checkpoint, show progress, resume."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from rtb_rl.errors import NonFiniteError
+from rtb_rl.training.checkpoint import Stateful, newest_checkpoint
+from rtb_rl.training.progress import progress
+from rtb_rl.training.run import Run
+
+Metrics = Mapping[str, Tensor | float]
+
+
+class Clock:
+    """Seconds spent in a stage, kept over interruptions."""
+
+    def __init__(self):
+        self.before = 0.0
+        self.begun = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self.begun
+
+    def state_dict(self) -> dict[str, float]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self.before, self.begun = state["seconds"], time.monotonic()
+
+
+def train(
+    run: Run,
+    update: Callable[[int], Metrics],
+    parts: Mapping[str, Stateful],
+    *,
+    steps: int,
+    description: str,
+    log_every: int = 100,
+    checkpoint_every: int = 2000,
+) -> float:
+    """Call `update(step)` for steps 0..steps - 1 from the newest checkpoint on; the seconds it
+    took.
+
+    `parts` must hold all that changes: weights, averages, optimisers, memories and generators. Then
+    a run that was killed ends like one that was not, to the last bit on a CPU. Raises
+    NonFiniteError when a logged metric is NaN or infinite, before a checkpoint could hold what made
+    it so.
+    """
+    clock = Clock()
+    parts = {**parts, "clock": clock}
+    start = run.restore(parts)
+    with progress(description, steps, start=start) as show:
+        for step in range(start, steps):
+            metrics = update(step)
+            done = step + 1
+            logs, saves = done % log_every == 0, done % checkpoint_every == 0
+            if logs or saves or done == steps:
+                values = _finite(run, step, metrics)
+                if logs:
+                    run.log(done, values)
+                if saves or done == steps:
+                    run.save(done, parts)
+                show(done, _note(values))
+    return clock.seconds
+
+
+def _finite(run: Run, step: int, metrics: Metrics) -> dict[str, float]:
+    values = {name: float(value) for name, value in metrics.items()}
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise non_finite(run, step, name, value)
+    return values
+
+
+def non_finite(run: Run | None, step: int, term: str, value: float) -> NonFiniteError:
+    """The error for a term that is NaN or infinite at a step."""
+    good = newest_checkpoint(run.directory / "checkpoints") if run is not None else None
+    return NonFiniteError(
+        f"{term} is {value} at step {step}; stopped, and nothing of it is kept. The last good"
+        f" checkpoint is {good or 'none'}. Lower the learning rate or beta, or look for bad "
+        f"values in"
+        " the data or the reward"
+    )
+
+
+def _note(values: Mapping[str, float]) -> str:
+    name, value = next(iter(values.items()))
+    return f"{name.split('/')[-1]} {value:.4g}"

@@ -1,0 +1,84 @@
+"""Denoising training of a prior, for any Diffusion."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Generator, Tensor, nn
+
+from rtb_rl.core import Diffusion
+from rtb_rl.core.protocols import Condition
+from rtb_rl.training.checkpoint import Stateful
+from rtb_rl.training.ema import Average
+from rtb_rl.training.seeding import GeneratorState
+
+
+class DrawData(Protocol):
+    """`n` data points and their conditions: (x0 [n, *event], condition)."""
+
+    def __call__(self, n: int, *, generator: Generator) -> tuple[Tensor, Condition]: ...
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """How a prior is trained."""
+
+    steps: int = 30_000
+    batch: int = 256
+    learning_rate: float = 1e-3
+    """Falls to zero along a cosine."""
+    average_decay: float = 0.999
+    """Of the exponential moving average that becomes the prior."""
+
+
+class Pretrainer:
+    """Minimises the diffusion's denoising loss at levels drawn uniformly; keeps an average.
+
+    `average.module` is the prior. arXiv 2006.11239 algorithm 1, for any Diffusion.
+    """
+
+    def __init__(
+        self,
+        diffusion: Diffusion,
+        denoiser: nn.Module,
+        draw: DrawData,
+        settings: PretrainSettings,
+        *,
+        generator: Generator,
+    ):
+        self.diffusion, self.denoiser, self.draw = diffusion, denoiser, draw
+        self.settings, self.generator = settings, generator
+        self.average = Average(denoiser, settings.average_decay)
+        self.optimiser = torch.optim.AdamW(
+            denoiser.parameters(), lr=settings.learning_rate, weight_decay=1e-4, fused=True
+        )
+
+    def update(self, step: int) -> Mapping[str, Tensor]:
+        """One gradient step; the loss before it."""
+        settings = self.settings
+        rate = settings.learning_rate * (1 + math.cos(math.pi * step / settings.steps)) / 2
+        self.optimiser.param_groups[0]["lr"] = rate
+        x0, condition = self.draw(settings.batch, generator=self.generator)
+        level = torch.randint(
+            1, self.diffusion.levels + 1, (len(x0),), generator=self.generator, device=x0.device
+        )
+        x = self.diffusion.corrupt(x0, level, generator=self.generator)
+        prediction = self.denoiser(x, level, condition)
+        loss = self.diffusion.denoising_loss(prediction, x0, x, level).mean()
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimiser.step()
+        self.average.update(self.denoiser)
+        return {"prior/loss": loss.detach()}
+
+    @property
+    def parts(self) -> dict[str, Stateful]:
+        """All that a checkpoint must hold."""
+        return {
+            "denoiser": self.denoiser,
+            "average": self.average,
+            "optimiser": self.optimiser,
+            "generator": GeneratorState(self.generator),
+        }

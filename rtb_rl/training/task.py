@@ -1,0 +1,46 @@
+"""The whole interface between a modality and fine-tuning."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Generator, Tensor, nn
+
+from rtb_rl.core import Diffusion, LogReward, Sampler
+from rtb_rl.core.protocols import Condition
+
+
+class DrawConditions(Protocol):
+    """`n` conditions, and for each a data point if the task has data: (condition, x0 or None)."""
+
+    def __call__(self, n: int, *, generator: Generator) -> tuple[Condition, Tensor | None]: ...
+
+
+def no_conditions(n: int, *, generator: Generator) -> tuple[Condition, Tensor | None]:
+    """For a task without conditions and without data."""
+    return None, None
+
+
+def evaluate_nothing(posterior: Sampler) -> Mapping[str, float]:
+    """For a task whose diagnostics are its evaluation."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Task:
+    """The seven things fine-tuning needs.
+
+    `posterior` must start as the prior: a copy of it, or the same network behind an adapter that is
+    zero. `prior` is frozen here. `log_reward` is log r without beta.
+    """
+
+    name: str
+    diffusion: Diffusion
+    prior: nn.Module
+    posterior: nn.Module
+    log_reward: LogReward
+    draw_conditions: DrawConditions = no_conditions
+    evaluate: Callable[[Sampler], Mapping[str, float]] = evaluate_nothing
+
+    def __post_init__(self):
+        self.prior.requires_grad_(False).eval()
