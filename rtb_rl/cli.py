@@ -7,8 +7,9 @@ that the others start fast.
 
 import ast
 import difflib
-import importlib.util
+import importlib
 import json
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Collection, Sequence
@@ -81,6 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("rtb-rl: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # what reads the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -122,8 +125,8 @@ def parse_program(command: str, arguments: Sequence[str]) -> Callable[[], None]:
 
 def read_options(settings: Any, command: str, arguments: Sequence[str]) -> Any:
     """An instance of the dataclass `settings`; wrong options end the process with status 2."""
-    config = (tyro.conf.FlagCreatePairsOff,)
-    return tyro.cli(settings, prog=f"rtb-rl {command}", args=arguments, config=config)
+    settings = tyro.conf.FlagCreatePairsOff[settings]
+    return tyro.cli(settings, prog=f"rtb-rl {command}", args=arguments)
 
 
 def unknown(kind: str, name: str, names: Collection[str]) -> InputError:
@@ -134,11 +137,10 @@ def unknown(kind: str, name: str, names: Collection[str]) -> InputError:
 
 
 def programs(package: str) -> dict[str, str]:
-    """Name -> first line of the docstring of each program of a package; nothing is imported."""
-    spec = importlib.util.find_spec(package)
-    places = (spec and spec.submodule_search_locations) or ()
+    """Name -> first line of the docstring of each program of a package; none is imported."""
+    folder = Path(str(importlib.import_module(package).__file__)).parent
     found = {}
-    for path in sorted(file for place in places for file in Path(place).glob("*.py")):
+    for path in sorted(folder.glob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         if any(isinstance(node, ast.ClassDef) and node.name == "Settings" for node in tree.body):
             found[path.stem] = (ast.get_docstring(tree) or "").partition("\n")[0]
@@ -174,6 +176,8 @@ def evaluate(settings: Evaluate) -> None:
     from rtb_rl.rl import load_policy
 
     policy = load_policy(settings.directory)
+    if policy.env_id is None:
+        raise InputError(f"{settings.directory} names no environment; run it with --env-id")
     records = run_episodes(policy, policy.env_id, episodes=settings.episodes, seed=settings.seed)
     report = {"env_id": policy.env_id, "seed": settings.seed}
     report |= records.summary(policy.reference_returns)
@@ -194,7 +198,3 @@ def collect(settings: Collect) -> None:
 
     dataset_id = make_dataset(**vars(settings))
     print(f"{dataset_id}   (rtb-rl run rtb_iql --dataset {dataset_id} --out DIR)")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

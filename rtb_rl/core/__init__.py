@@ -17,7 +17,7 @@ Log-densities are in nats, float32 or better, one per row.
 Source: relative trajectory balance, arXiv 2405.20971, section 2.
 """
 
-from rtb_rl.core.gaussian import GaussianDiffusion
+from rtb_rl.core.gaussian import GaussianDiffusion, ScaledPrediction
 from rtb_rl.core.kernels import GaussianKernel
 from rtb_rl.core.log_z import ConditionalLogZ, GroupMeanLogZ, ScalarLogZ
 from rtb_rl.core.objective import (
@@ -40,6 +40,7 @@ from rtb_rl.core.schedules import (
     Schedule,
     cosine_schedule,
     linear_schedule,
+    log_snr_schedule,
     vp_schedule,
     zero_terminal_signal,
 )
@@ -59,6 +60,7 @@ __all__ = [
     "SampleReplay",
     "Sampler",
     "ScalarLogZ",
+    "ScaledPrediction",
     "Schedule",
     "ScorePrediction",
     "Trajectory",
@@ -71,6 +73,7 @@ __all__ = [
     "importance_log_z",
     "linear_schedule",
     "log_ratio",
+    "log_snr_schedule",
     "log_weight",
     "noise_back",
     "random_levels",

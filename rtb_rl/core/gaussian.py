@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -11,6 +12,17 @@ from rtb_rl.core.protocols import Condition, Denoiser
 from rtb_rl.core.schedules import Schedule
 
 SIGNAL_WARNING = 0.05
+
+
+class ScaledPrediction(NamedTuple):
+    """Predicted clean data, and the logarithm of a factor on the spread of the step.
+
+    Both [batch, *event]. What a denoiser returns that learns its spread: the exact posterior of a
+    Gaussian chain under a concave reward is narrower at every step than its prior.
+    """
+
+    x0: Tensor
+    log_scale: Tensor
 
 
 class GaussianDiffusion(nn.Module):
@@ -90,13 +102,16 @@ class GaussianDiffusion(nn.Module):
             dtype=self.dtype,
         )
 
-    def kernel(self, prediction: Tensor, x: Tensor, level: Tensor) -> GaussianKernel:
+    def kernel(
+        self, prediction: Tensor | ScaledPrediction, x: Tensor, level: Tensor
+    ) -> GaussianKernel:
         """The law of x[level - 1] given x and the predicted x_0; `level` [batch] in 1..K."""
-        weight_x0 = self.weight_x0[level].to(prediction.dtype)
-        weight_x = self.weight_x[level].to(prediction.dtype)
-        return GaussianKernel(
-            weight_x0 * prediction + weight_x * x, self.std[level].to(prediction.dtype)
-        )
+        x0 = prediction.x0 if isinstance(prediction, ScaledPrediction) else prediction
+        mean = self.weight_x0[level].to(x0.dtype) * x0 + self.weight_x[level].to(x0.dtype) * x
+        std = self.std[level].to(x0.dtype)
+        if isinstance(prediction, ScaledPrediction):
+            std = std * prediction.log_scale.exp()
+        return GaussianKernel(mean, std)
 
     def corrupt(self, x0: Tensor, level: Tensor, *, generator: Generator) -> Tensor:
         """x[level] given x[0], in one draw; one level a row, 0..K."""

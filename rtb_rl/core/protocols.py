@@ -3,7 +3,7 @@ inherit.
 """
 
 from collections.abc import Sequence
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from torch import Generator, Tensor
 
@@ -14,11 +14,12 @@ Condition = Tensor | dict[str, Tensor] | None
 class Denoiser(Protocol):
     """A network only: predicts clean data from noisy data.
 
-    Gaussian diffusion: the predicted x0, shaped as `x`. Masked diffusion: log-probabilities
-    [batch, length, vocabulary]. Deterministic while it is being scored (no dropout).
+    What it returns is read by its Diffusion alone. Gaussian: the predicted x0, shaped as `x`, or a
+    ScaledPrediction. Masked: log-probabilities [batch, length, vocabulary]. Deterministic while it
+    is being scored (no dropout).
     """
 
-    def __call__(self, x: Tensor, level: Tensor, condition: Condition) -> Tensor:
+    def __call__(self, x: Tensor, level: Tensor, condition: Condition) -> Any:
         """`x`: [batch, *event]; `level`: int64 [batch], in 1..K."""
         ...
 
@@ -56,7 +57,7 @@ class Diffusion(Protocol):
         """Draws of x[K]: [batch, *event]. The same law for prior and posterior."""
         ...
 
-    def kernel(self, prediction: Tensor, x: Tensor, level: Tensor) -> Kernel:
+    def kernel(self, prediction: Any, x: Tensor, level: Tensor) -> Kernel:
         """The law of x[level - 1] given x = x[level]; levels may differ inside the batch."""
         ...
 

@@ -45,9 +45,6 @@ class SampleReplay:
     def state_dict(self) -> dict:
         return {"x0": self.x0, "condition": self.condition, "log_reward": self.log_reward}
 
-    def load_state_dict(self, state: dict) -> None:
-        self.x0, self.condition, self.log_reward = (
-            state["x0"],
-            state["condition"],
-            state["log_reward"],
-        )
+    def load_state_dict(self, state_dict: dict) -> None:
+        self.x0, self.condition = state_dict["x0"], state_dict["condition"]
+        self.log_reward = state_dict["log_reward"]

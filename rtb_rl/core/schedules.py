@@ -78,6 +78,19 @@ def cosine_schedule(levels: int, *, offset: float = 0.008, last_signal: float = 
     return _from_signal_squared((squared / squared[0])[1:].clamp(min=last_signal**2))
 
 
+def log_snr_schedule(
+    levels: int, *, first_noise: float = 0.06, last_signal: float = 0.05
+) -> Schedule:
+    """noise / signal geometric from `first_noise` at level 1 to 1 / `last_signal` at level K.
+
+    Even steps of log signal-to-noise ratio (arXiv 2107.00630 section 3.1 on why that is what
+    counts): few levels then still resolve data much narrower than the noise.
+    """
+    ends = torch.tensor([first_noise, 1 / last_signal], dtype=torch.float64).log()
+    ratio = torch.linspace(float(ends[0]), float(ends[1]), levels, dtype=torch.float64).exp()
+    return _from_signal_squared(1 / (1 + ratio.square()))
+
+
 def zero_terminal_signal(schedule: Schedule) -> Schedule:
     """The schedule shifted and scaled so that no signal is left at level K (arXiv 2305.08891,
     algorithm 1).

@@ -19,7 +19,7 @@ from rtb_rl.training.seeding import GeneratorState, generator_for
 class CriticSettings:
     """How the IQL critic is trained (arXiv 2110.06169)."""
 
-    steps: int = 50_000
+    steps: int = 40_000
     batch: int = 256
     discount: float = 0.99
     expectile: float = 0.7
@@ -36,7 +36,7 @@ class CriticSettings:
 class GaussianSettings:
     """How the advantage-weighted Gaussian policy is trained."""
 
-    steps: int = 20_000
+    steps: int = 15_000
     batch: int = 256
     temperature: float = 3.0
     learning_rate: float = 3e-4

@@ -177,8 +177,8 @@ def check_spaces(
     low, high = dataset.action_low.cpu().numpy(), dataset.action_high.cpu().numpy()
     if not np.allclose([action_space.low, action_space.high], [low, high], atol=ROUNDING):
         raise InputError(
-            f"the environment's action box is {_interval(action_space.low, action_space.high)}, data "
-            f"set {dataset.name!r} was read with {_interval(low, high)}; load it with the "
+            f"the environment's action box is {_interval(action_space.low, action_space.high)}, "
+            f"data set {dataset.name!r} was read with {_interval(low, high)}; load it with the "
             "environment's box (action_box)"
         )
 

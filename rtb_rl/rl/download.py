@@ -51,7 +51,9 @@ def fetch(urls: Sequence[str], file: Path, *, sha256: str | None = None) -> Path
     `.part` file and continued by the next call.
     """
     record = file.with_name(file.name + ".sha256")
-    expected = sha256 or (record.read_text().split()[0] if record.exists() else None)
+    expected = sha256
+    if expected is None and record.exists():
+        expected = record.read_text().partition(" ")[0]
     if not file.exists():
         part = _first_that_gives(urls, file)
         digest = file_sha256(part)
@@ -63,9 +65,7 @@ def fetch(urls: Sequence[str], file: Path, *, sha256: str | None = None) -> Path
             )
         part.replace(file)
         record.write_text(f"{digest}  {file.name}\n")
-    elif expected is None:
-        record.write_text(f"{file_sha256(file)}  {file.name}\n")
-    elif (digest := file_sha256(file)) != expected:
+    elif expected is not None and (digest := file_sha256(file)) != expected:
         raise InputError(
             f"{file} has SHA-256 {digest}, expected {expected}: it was changed or damaged; delete "
             "it to download it again"
@@ -148,8 +148,8 @@ def _append(url: str, part: Path, report: Callable[[int, int | None], None]) -> 
                 file.write(chunk)
                 done += len(chunk)
                 report(done, total)
-    if total is not None and done < total:
-        raise ConnectionError(f"the connection broke after {done} of {total} bytes")
+    if total is not None and part.stat().st_size != total:
+        raise ConnectionError(f"{part.stat().st_size} of {total} bytes came")
 
 
 def fetch_minari(dataset_id: str) -> minari.MinariDataset:

@@ -197,11 +197,11 @@ def _check_environment(dataset: TransitionDataset) -> None:
 
 def _take_over(source: Path, out: Path) -> None:
     """Copy the complete stages of another run; their configuration is checked on use."""
-    found = [name for name in ("prior", "critic", "iql") if (source / name / "results.json").exists()]
+    found = [
+        name for name in ("prior", "critic", "iql") if (source / name / "results.json").exists()
+    ]
     if not found:
-        raise InputError(
-            f"{source} holds no complete prior, critic or iql; give another --share"
-        )
+        raise InputError(f"{source} holds no complete prior, critic or iql; give another --share")
     for name in found:
         if not (out / name).exists():
             shutil.copytree(source / name, out / name)

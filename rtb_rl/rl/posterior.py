@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from rtb_rl.core import ConditionalLogZ, GroupMeanLogZ, huber, square
 from rtb_rl.errors import InputError
-from rtb_rl.nn import MLP, LangevinDenoiser
+from rtb_rl.nn import MLP, LangevinDenoiser, LearnedSpread
 from rtb_rl.rl.critic import Critic, check_critic
 from rtb_rl.rl.dataset import TransitionDataset
 from rtb_rl.rl.prior import ActionDiffusion
@@ -45,13 +45,14 @@ def posterior_model(
     The critic is needed for the Langevin term alone.
     """
     model = copy.deepcopy(prior).requires_grad_(True)
+    (size,) = prior.diffusion.event_shape
+    levels = prior.diffusion.levels
     if langevin:
         if critic is None:
             raise InputError("the Langevin term needs the critic that the posterior was made with")
-        (size,) = prior.diffusion.event_shape
-        model.denoiser = LangevinDenoiser(
-            model.denoiser, critic_gradient(critic), levels=prior.diffusion.levels, size=size
-        ).to(prior.device)
+        gradient = critic_gradient(critic)
+        model.denoiser = LangevinDenoiser(model.denoiser, gradient, levels=levels, size=size)
+    model.denoiser = LearnedSpread(model.denoiser, levels=levels, size=size).to(prior.device)
     return model
 
 

@@ -7,7 +7,13 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from rtb_rl.core import GaussianDiffusion, Sampler, VelocityPrediction, cosine_schedule
+from rtb_rl.core import (
+    GaussianDiffusion,
+    Sampler,
+    VelocityPrediction,
+    log_snr_schedule,
+    zero_terminal_signal,
+)
 from rtb_rl.core.gaussian import calibrated_spread, small_spread
 from rtb_rl.nn import ResidualMLP
 from rtb_rl.rl.dataset import TransitionDataset
@@ -33,8 +39,8 @@ class ActionNetwork:
 class ActionDiffusion(nn.Module):
     """A Gaussian diffusion over actions in [-1, 1] and a denoiser conditioned on observations.
 
-    Cosine schedule; velocity prediction by a residual MLP; steps whose spread is set after
-    pretraining.
+    A variance-preserving schedule even in log signal-to-noise that ends in pure noise; velocity
+    prediction by a residual MLP; steps whose spread is set after pretraining.
     """
 
     def __init__(
@@ -46,7 +52,7 @@ class ActionDiffusion(nn.Module):
         generator: Generator,
     ):
         super().__init__()
-        schedule = cosine_schedule(network.levels)
+        schedule = zero_terminal_signal(log_snr_schedule(network.levels))
         spread = small_spread(schedule, floor=0.02)[:, None].expand(-1, action_size)
         self.diffusion = GaussianDiffusion(schedule, (action_size,), spread)
         residual_mlp = ResidualMLP(

@@ -102,7 +102,10 @@ def _read(source: Source, env_id: str | None) -> Recording:
     if name not in D4RL_TASKS and ("/" in name or local):
         return _minari_recording(download.fetch_minari(name), env_id)
     file = download.fetch_task(find_task(name))
-    return replace(_read_file(file), name=name, source="d4rl")
+    try:
+        return replace(_read_file(file), name=name, source="d4rl")
+    except InputError as error:
+        raise InputError(f"in {file}: {error}; delete it to download it again") from None
 
 
 def _read_file(path: Path) -> Recording:

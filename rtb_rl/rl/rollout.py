@@ -21,6 +21,10 @@ class _Recording:
         self.rewards: list[float] = []
         self.terminated = self.truncated = False
 
+    @property
+    def over(self) -> bool:
+        return self.terminated or self.truncated
+
     def step(self, action: np.ndarray) -> None:
         observation, reward, self.terminated, self.truncated, _ = self.env.step(action)
         self.observations.append(observation)
@@ -62,22 +66,18 @@ def roll_out(
     recordings: list[_Recording] = []
 
     def start(env: gymnasium.Env) -> _Recording:
-        index = len(recordings)
-        recordings.append(_Recording(env, index, derived_seed(seed, 1, index)))
+        number = len(recordings)
+        recordings.append(_Recording(env, number, derived_seed(seed, 1, number)))
         return recordings[-1]
 
     running, total = [start(env) for env in environments], 0
     while running:
-        observations = np.stack([recording.observations[-1] for recording in running])
-        actions = policy_actions(policy, observations, generator, box)
-        for recording, action in zip(running, actions, strict=True):
-            recording.step(action)
+        _step_all(running, policy, generator, box)
         if progress is not None:
             progress(min(len(running), max(0, steps - total)))
         total += len(running)
-        over = [recording.terminated or recording.truncated for recording in running]
-        ended = [recording for recording, end in zip(running, over, strict=True) if end]
-        running = [recording for recording, end in zip(running, over, strict=True) if not end]
+        ended = [recording for recording in running if recording.over]
+        running = [recording for recording in running if not recording.over]
         if total < steps:
             running += [start(recording.env) for recording in ended]
         else:
@@ -86,6 +86,18 @@ def roll_out(
     for env in environments:
         env.close()
     return _first_steps(recordings, steps)
+
+
+def _step_all(
+    running: list[_Recording],
+    policy: Policy,
+    generator: torch.Generator,
+    box: tuple[np.ndarray, np.ndarray],
+) -> None:
+    observations = np.stack([recording.observations[-1] for recording in running])
+    actions = policy_actions(policy, observations, generator, box)
+    for recording, action in zip(running, actions, strict=True):
+        recording.step(action)
 
 
 def _first_steps(recordings: list[_Recording], steps: int) -> list[EpisodeBuffer]:

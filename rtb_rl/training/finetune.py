@@ -59,15 +59,15 @@ class Mix:
 class FinetuneSettings:
     """How a posterior is trained."""
 
-    updates: int = 3000
+    updates: int = 2500
     beta: float = 1.0
     """Strength of the reward: the target is prior * r^beta."""
     beta_warmup: int = 300
     """Updates over which beta rises linearly to its value."""
-    conditions: int = 256
+    conditions: int = 128
     """Conditions an update; each gets `mix.total` paths."""
     mix: Mix = field(default_factory=Mix)
-    levels_per_path: int | None = None
+    levels_per_path: int | None = 5
     """Random steps of each path that get a gradient, scaled to be unbiased; None: all of them."""
     chunk: int = 4096
     """Rows (a path at a level) evaluated at once where memory could grow."""

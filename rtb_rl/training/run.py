@@ -1,5 +1,6 @@
 """A run: the directory that holds all there is to know about one job or one stage of it."""
 
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -71,6 +72,11 @@ class Run:
     def stage(self, name: str, config: Mapping[str, Any]) -> "Run":
         """A stage in a sub-directory, with a configuration of its own."""
         return Run(self.directory / name, config)
+
+    @property
+    def id(self) -> str:
+        """Short digest of the manifest: which versions, seed and moment made this run."""
+        return hashlib.sha256((self.directory / "manifest.json").read_bytes()).hexdigest()[:12]
 
     @property
     def results(self) -> dict[str, Any] | None:

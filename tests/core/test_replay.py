@@ -1,0 +1,81 @@
+"""The replay remembers the newest points with what belongs to them, and draws them uniformly."""
+
+import pytest
+import torch
+from torch import Generator, Tensor
+
+from rtb_rl.core import SampleReplay
+
+
+def rows(first: int, count: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    number = torch.arange(first, first + count, dtype=torch.float64)
+    return number[:, None].expand(-1, 2), {"state": 10 * number[:, None]}, -number
+
+
+def contents(replay: SampleReplay) -> list[float]:
+    assert replay.log_reward is not None
+    return sorted((-replay.log_reward).tolist())
+
+
+def test_the_oldest_are_forgotten_first():
+    replay = SampleReplay(5)
+    for first, count, left in ((0, 3, [0, 1, 2]), (3, 4, [2, 3, 4, 5, 6]), (7, 9, range(11, 16))):
+        replay.add(*rows(first, count))
+        assert contents(replay) == list(left)
+        assert len(replay) == len(contents(replay))
+
+
+def test_what_was_added_together_is_drawn_together():
+    replay = SampleReplay(20)
+    replay.add(*rows(0, 12))
+    replay.add(*rows(12, 12))
+    x0, condition, log_reward = replay.sample(50, generator=Generator().manual_seed(0))
+    assert isinstance(condition, dict)
+    assert x0.shape == (50, 2) and log_reward.shape == (50,)
+    assert torch.equal(x0[:, 0], -log_reward)
+    assert torch.equal(condition["state"][:, 0], -10 * log_reward)
+
+
+def test_draws_are_uniform_and_repeatable():
+    replay = SampleReplay(10)
+    replay.add(*rows(0, 10))
+    count = 50_000
+    _, _, log_reward = replay.sample(count, generator=Generator().manual_seed(0))
+    share = torch.bincount((-log_reward).long(), minlength=10) / count
+    assert bool(((share - 0.1).abs() < 4.5 * (0.09 / count) ** 0.5).all())
+    again = replay.sample(count, generator=Generator().manual_seed(0))[2]
+    assert torch.equal(again, log_reward)
+
+
+def test_other_kinds_of_condition():
+    for condition in (None, rows(0, 3)[0]):
+        replay = SampleReplay(4)
+        for _ in range(2):
+            replay.add(torch.ones(3, 2), condition, -torch.arange(3.0))
+        _, drawn, log_reward = replay.sample(7, generator=Generator().manual_seed(0))
+        if condition is None:
+            assert drawn is None
+        else:
+            assert isinstance(drawn, Tensor) and torch.equal(drawn[:, 0], -log_reward.double())
+
+
+def test_no_graph_is_kept():
+    replay = SampleReplay(4)
+    replay.add(torch.ones(3, 2, requires_grad=True), None, torch.zeros(3, requires_grad=True) + 1)
+    x0, _, log_reward = replay.sample(2, generator=Generator().manual_seed(0))
+    assert not x0.requires_grad and not log_reward.requires_grad
+
+
+def test_state_comes_back():
+    replay, other = SampleReplay(5), SampleReplay(5)
+    replay.add(*rows(0, 7))
+    other.load_state_dict(replay.state_dict())
+    draws = [r.sample(9, generator=Generator().manual_seed(1)) for r in (replay, other)]
+    assert torch.equal(draws[0][0], draws[1][0]) and torch.equal(draws[0][2], draws[1][2])
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="at least 1, not 0"):
+        SampleReplay(0)
+    with pytest.raises(ValueError, match="nothing has been added"):
+        SampleReplay(3).sample(1, generator=Generator())
