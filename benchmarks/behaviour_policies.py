@@ -4,10 +4,11 @@
     python benchmarks/behaviour_policies.py select --snapshots runs/behaviour/hopper \
         --out rtb_rl/rl/behaviours/hopper.safetensors
 
-`train` runs soft actor-critic (arXiv 1801.01290; stable-baselines3) and writes the actor every few thousand steps
-together with the mean return of its stochastic policy. `select` keeps the path to the first policy that reaches a third
-of the best return (early ... medium) and the best one (expert), which is D4RL's recipe (arXiv 2004.07219, appendix C).
-Needs the extra `benchmarks`; the package itself only reads the selected file.
+`train` runs soft actor-critic (arXiv 1801.01290; stable-baselines3) and writes the actor every few
+thousand steps together with the mean return of its stochastic policy. `select` keeps the path to
+the first policy that reaches a third of the best return (early ... medium) and the best one
+(expert), which is D4RL's recipe (arXiv 2004.07219, appendix C). Needs the extra `benchmarks`; the
+package itself only reads the selected file.
 """
 
 import json
@@ -56,7 +57,12 @@ class Select:
 def actor_tensors(model: SAC) -> dict[str, torch.Tensor]:
     """The actor as layer0 -> relu -> layer1 -> relu -> (mean, log_std), weights [out, in]."""
     actor = model.policy.actor
-    layers = {"layer0": actor.latent_pi[0], "layer1": actor.latent_pi[2], "mean": actor.mu, "log_std": actor.log_std}
+    layers = {
+        "layer0": actor.latent_pi[0],
+        "layer1": actor.latent_pi[2],
+        "mean": actor.mu,
+        "log_std": actor.log_std,
+    }
     return {
         f"{name}.{part}": getattr(layer, part).detach().cpu().clone()
         for name, layer in layers.items()
@@ -77,7 +83,11 @@ class Snapshots(BaseCallback):
             returns = [self._episode(seed) for seed in range(self.settings.episodes)]
             name = f"{self.num_timesteps:08d}"
             save_file(actor_tensors(self.model), self.settings.out / f"{name}.safetensors")
-            row = {"step": self.num_timesteps, "mean_return": float(np.mean(returns)), "returns": returns}
+            row = {
+                "step": self.num_timesteps,
+                "mean_return": float(np.mean(returns)),
+                "returns": returns,
+            }
             with open(self.settings.out / "returns.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
             print(row["step"], round(row["mean_return"], 1), flush=True)
@@ -97,17 +107,33 @@ def train(settings: Train) -> None:
     settings.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     policy = {"net_arch": {"pi": [settings.width, settings.width], "qf": [256, 256]}}
-    model = SAC("MlpPolicy", settings.env_id, policy_kwargs=policy, learning_starts=5_000, seed=settings.seed)
+    model = SAC(
+        "MlpPolicy",
+        settings.env_id,
+        policy_kwargs=policy,
+        learning_starts=5_000,
+        seed=settings.seed,
+    )
     model.learn(settings.steps, callback=Snapshots(settings))
 
 
 def select(settings: Select) -> None:
-    rows = [json.loads(line) for line in open(settings.snapshots / "returns.jsonl")]
+    lines = (settings.snapshots / "returns.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
     best = max(rows, key=lambda row: row["mean_return"])
-    medium = next(row for row in rows if row["mean_return"] >= settings.medium_fraction * best["mean_return"])
+    medium = next(
+        row for row in rows if row["mean_return"] >= settings.medium_fraction * best["mean_return"]
+    )
     before = [row for row in rows if row["step"] < medium["step"]]
-    picks = np.unique(np.linspace(0, len(before) - 1, settings.num_early).round().astype(int)) if before else []
-    chosen = {f"early{i}": before[j] for i, j in enumerate(picks)} | {"medium": medium, "expert": best}
+    picks = (
+        np.unique(np.linspace(0, len(before) - 1, settings.num_early).round().astype(int))
+        if before
+        else []
+    )
+    chosen = {f"early{i}": before[j] for i, j in enumerate(picks)} | {
+        "medium": medium,
+        "expert": best,
+    }
     tensors, metadata = {}, {}
     for name, row in chosen.items():
         for key, value in load_file(settings.snapshots / f"{row['step']:08d}.safetensors").items():
@@ -120,7 +146,8 @@ def select(settings: Select) -> None:
 
 def main() -> None:
     command = tyro.cli(
-        Annotated[Train, tyro.conf.subcommand("train")] | Annotated[Select, tyro.conf.subcommand("select")]
+        Annotated[Train, tyro.conf.subcommand("train")]
+        | Annotated[Select, tyro.conf.subcommand("select")]
     )
     train(command) if isinstance(command, Train) else select(command)
 

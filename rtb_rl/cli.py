@@ -53,6 +53,10 @@ class Evaluate:
     episodes: int = 20
     seed: int = 0
     """Seed of the environments and of the policy's noise."""
+    method: str | None = None
+    """prior, iql, best_of_n or rtb; the program's own where none is given."""
+    video: Path | None = None
+    """Also film the first episode, into this .gif (or .mp4 with imageio-ffmpeg)."""
     json: bool = False
     """Print one JSON object with every episode."""
 
@@ -173,14 +177,16 @@ def show_names() -> None:
 def evaluate(settings: Evaluate) -> None:
     """Evaluate the policy of a run directory and print its returns."""
     from rtb_rl.rl import evaluate as run_episodes
-    from rtb_rl.rl import load_policy
+    from rtb_rl.rl import load_policy, record_episode
 
-    policy = load_policy(settings.directory)
+    policy = load_policy(settings.directory, settings.method)
     if policy.env_id is None:
         raise InputError(f"{settings.directory} names no environment; run it with --env-id")
     records = run_episodes(policy, policy.env_id, episodes=settings.episodes, seed=settings.seed)
     report = {"env_id": policy.env_id, "seed": settings.seed}
     report |= records.summary(policy.reference_returns)
+    if settings.video is not None:
+        record_episode(policy, policy.env_id, settings.video, seed=settings.seed)
     if settings.json:
         print(json.dumps(report))
         return

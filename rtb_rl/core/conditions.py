@@ -33,13 +33,10 @@ def move(condition: Condition, device: torch.device | str) -> Condition:
 
 
 def concatenate(conditions: Sequence[Condition]) -> Condition:
-    """The rows of several conditions of one kind, one after another."""
-    first = conditions[0]
-    if first is None:
-        return None
-    if isinstance(first, Tensor):
-        return torch.cat([c for c in conditions if isinstance(c, Tensor)])
-    return {name: torch.cat([c[name] for c in conditions if isinstance(c, dict)]) for name in first}
+    """The rows of several conditions of one kind, one after another. TypeError for several
+    kinds.
+    """
+    return _merge(conditions, torch.cat)
 
 
 def count(condition: Condition) -> int | None:
@@ -55,18 +52,25 @@ def interleave(parts: Sequence[Condition], rows: int) -> Condition:
 
     With blocks a1 a2 | a3 a4 and b1 | b2 (two rows) the result is a1 a2 b1 | a3 a4 b2.
     """
-    first = parts[0]
-    if first is None:
-        return None
-    if isinstance(first, Tensor):
-        return interleave_tensors([p for p in parts if isinstance(p, Tensor)], rows)
-    return {
-        name: interleave_tensors([p[name] for p in parts if isinstance(p, dict)], rows)
-        for name in first
-    }
+    return _merge(parts, lambda tensors: interleave_tensors(tensors, rows))
 
 
 def interleave_tensors(parts: Sequence[Tensor], rows: int) -> Tensor:
     """`interleave` for tensors [rows * block, ...]."""
     blocks = [part.reshape(rows, -1, *part.shape[1:]) for part in parts]
     return torch.cat(blocks, dim=1).flatten(0, 1)
+
+
+def _merge(conditions: Sequence[Condition], merge: Callable[[list[Tensor]], Tensor]) -> Condition:
+    tensors = [c for c in conditions if isinstance(c, Tensor)]
+    tables = [c for c in conditions if isinstance(c, dict)]
+    if len(tensors) == len(conditions):
+        return merge(tensors)
+    if len(tables) == len(conditions) and len({frozenset(table) for table in tables}) == 1:
+        return {name: merge([table[name] for table in tables]) for name in tables[0]}
+    if any(c is not None for c in conditions):
+        kinds = ", ".join(
+            f"dict of {sorted(c)}" if isinstance(c, dict) else type(c).__name__ for c in conditions
+        )
+        raise TypeError(f"conditions of one batch must be of one kind, not {kinds}")
+    return None

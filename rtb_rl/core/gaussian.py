@@ -107,8 +107,9 @@ class GaussianDiffusion(nn.Module):
     ) -> GaussianKernel:
         """The law of x[level - 1] given x and the predicted x_0; `level` [batch] in 1..K."""
         x0 = prediction.x0 if isinstance(prediction, ScaledPrediction) else prediction
-        mean = self.weight_x0[level].to(x0.dtype) * x0 + self.weight_x[level].to(x0.dtype) * x
-        std = self.std[level].to(x0.dtype)
+        dtype = torch.promote_types(x0.dtype, torch.float32)
+        mean = self.weight_x0[level].to(dtype) * x0 + self.weight_x[level].to(dtype) * x
+        std = self.std[level].to(dtype)
         if isinstance(prediction, ScaledPrediction):
             std = std * prediction.log_scale.exp()
         return GaussianKernel(mean, std)
@@ -136,10 +137,9 @@ class GaussianDiffusion(nn.Module):
 
     def with_spread(self, std: Tensor) -> "GaussianDiffusion":
         """The same diffusion with another spread of its steps."""
-        schedule = Schedule(self.signal.flatten())
-        return GaussianDiffusion(schedule, self.event_shape, std, dtype=self.dtype).to(
-            self.signal.device
-        )
+        schedule = Schedule(self.signal.flatten().cpu())
+        other = GaussianDiffusion(schedule, self.event_shape, std.cpu(), dtype=self.dtype)
+        return other.to(self.signal.device)
 
 
 def small_spread(schedule: Schedule, *, floor: float) -> Tensor:

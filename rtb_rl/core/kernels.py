@@ -18,9 +18,10 @@ class GaussianKernel:
     mean: Tensor
     std: Tensor
 
+    @torch.no_grad()
     def sample(self, *, generator: Generator) -> Tensor:
         """One draw a row, without graph."""
-        mean = self.mean.detach()
+        mean = self.mean
         eps = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
         return torch.addcmul(mean, self.std, eps)
 
@@ -37,11 +38,9 @@ class GaussianKernel:
         (m - m') . (x - (m + m') / 2) / s^2 for one spread s: no two large numbers are subtracted.
         Spreads that differ add their own term, written with log1p so that it too vanishes smoothly.
         """
-        mean, reference, x, std = _at_least_float32(self.mean, other.mean, x, self.std)
-        if other.std is self.std:
-            terms = (mean - reference) * (x - (mean + reference) / 2) / std.square()
-            return terms.flatten(1).sum(1)
-        (wide,) = _at_least_float32(other.std)
+        mean, reference, x, std, wide = _at_least_float32(
+            self.mean, other.mean, x, self.std, other.std
+        )
         excess = (std - wide) * (std + wide) / wide.square()  # s^2 / s'^2 - 1
         shift = (mean - reference) * (x - (mean + reference) / 2) / wide.square()
         spread = ((x - mean) / std).square() * excess / 2 - torch.log1p(excess) / 2

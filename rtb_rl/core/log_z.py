@@ -41,7 +41,7 @@ class ConditionalLogZ(nn.Module):
     def start_at(self, log_weight: Tensor) -> None:
         with torch.no_grad():
             self.offset.copy_(log_weight.mean())
-            self.scale.copy_(log_weight.std().clamp(min=1))
+            self.scale.copy_(log_weight.std(correction=0).clamp(min=1))
 
     def forward(self, condition: Condition, log_weight: Tensor) -> Tensor:
         output = self.network(condition).reshape(-1)

@@ -11,17 +11,16 @@ from rtb_rl.core.schedules import Schedule
 
 
 class _Prediction(nn.Module):
-    """A network with the schedule's signal and noise, shaped to multiply a batch."""
+    """A network with the signal and noise of its schedule."""
 
     signal: Tensor
     noise: Tensor
 
-    def __init__(self, network: Denoiser, schedule: Schedule, event_dims: int = 1):
+    def __init__(self, network: Denoiser, schedule: Schedule):
         super().__init__()
         self.network = network
-        shape = (-1,) + (1,) * event_dims
-        self.register_buffer("signal", schedule.signal.reshape(shape), persistent=False)
-        self.register_buffer("noise", schedule.noise.reshape(shape), persistent=False)
+        self.register_buffer("signal", schedule.signal, persistent=False)
+        self.register_buffer("noise", schedule.noise, persistent=False)
 
     def _refuse_zero_signal(self) -> None:
         if float(self.signal[-1]) == 0:
@@ -32,7 +31,9 @@ class _Prediction(nn.Module):
             )
 
     def _tables(self, x: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-        return self.signal[level].to(x.dtype), self.noise[level].to(x.dtype)
+        shape = (-1,) + (1,) * (x.ndim - 1)
+        signal, noise = self.signal[level].to(x.dtype), self.noise[level].to(x.dtype)
+        return signal.reshape(shape), noise.reshape(shape)
 
 
 class VelocityPrediction(_Prediction):
@@ -46,8 +47,8 @@ class VelocityPrediction(_Prediction):
 class NoisePrediction(_Prediction):
     """x_0 = (x - noise eps) / signal (arXiv 2006.11239 eq. 15)."""
 
-    def __init__(self, network: Denoiser, schedule: Schedule, event_dims: int = 1):
-        super().__init__(network, schedule, event_dims)
+    def __init__(self, network: Denoiser, schedule: Schedule):
+        super().__init__(network, schedule)
         self._refuse_zero_signal()
 
     def forward(self, x: Tensor, level: Tensor, condition: Condition) -> Tensor:
@@ -58,8 +59,8 @@ class NoisePrediction(_Prediction):
 class ScorePrediction(_Prediction):
     """x_0 = (x + noise^2 score) / signal, score = grad log p_k(x) (Tweedie; arXiv 2011.13456)."""
 
-    def __init__(self, network: Denoiser, schedule: Schedule, event_dims: int = 1):
-        super().__init__(network, schedule, event_dims)
+    def __init__(self, network: Denoiser, schedule: Schedule):
+        super().__init__(network, schedule)
         self._refuse_zero_signal()
 
     def forward(self, x: Tensor, level: Tensor, condition: Condition) -> Tensor:

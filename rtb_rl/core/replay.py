@@ -26,6 +26,11 @@ class SampleReplay:
 
     def add(self, x0: Tensor, condition: Condition, log_reward: Tensor) -> None:
         """Append rows; the oldest beyond the capacity are forgotten."""
+        if not len(x0) == len(log_reward) == (conditions.count(condition) or len(x0)):
+            raise ValueError(
+                f"{len(x0)} points, {conditions.count(condition)} conditions and {len(log_reward)}"
+                " log-rewards can't be stored together; give one of each a row"
+            )
         recent = slice(-self.capacity, None)
         if self.x0 is not None and self.log_reward is not None:
             x0 = torch.cat([self.x0, x0])

@@ -106,7 +106,8 @@ def log_ratio(
     parts = []
     for x_before, x, level, condition, _ in steps_in_chunks(trajectory, levels, chunk):
         kernel = diffusion.kernel(posterior(x, level, condition), x, level)
-        reference = diffusion.kernel(prior(x, level, condition), x, level)
+        with torch.no_grad():
+            reference = diffusion.kernel(prior(x, level, condition), x, level)
         parts.append(kernel.log_ratio(reference, x_before))
     return torch.cat(parts).reshape(-1, batch).sum(0)
 

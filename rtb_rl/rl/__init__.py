@@ -16,7 +16,7 @@ from rtb_rl.rl.gaussian_policy import AdvantageWeightedRegression, GaussianPolic
 from rtb_rl.rl.iql import IQL
 from rtb_rl.rl.job import Job, JobSettings, open_job
 from rtb_rl.rl.policy import DiffusionPolicy
-from rtb_rl.rl.posterior import PosteriorSettings, fit_posterior
+from rtb_rl.rl.posterior import PosteriorSettings, fit_posterior, posterior_model
 from rtb_rl.rl.prior import ActionDiffusion, ActionNetwork, fit_prior
 from rtb_rl.rl.readers import load_dataset
 from rtb_rl.rl.report import StatePanel, state_panels
@@ -66,6 +66,7 @@ __all__ = [
     "normalised_score",
     "offline_rl_task",
     "open_job",
+    "posterior_model",
     "read_tuning",
     "record_episode",
     "reference_returns",

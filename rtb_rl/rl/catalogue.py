@@ -82,7 +82,7 @@ def _ant_maze(size: str, horizon: int) -> D4RLEnvironment:
 
 
 def _maze2d(size: str, horizon: int) -> D4RLEnvironment:
-    note = "recorded: position and velocity (4 numbers), without the goal"
+    note = "PointMaze has another frame, start and goal than maze2d: scores are not D4RL's"
     return _gymnasium(f"PointMaze_{size}-v3", horizon, note)
 
 
@@ -91,11 +91,8 @@ ENVIRONMENTS: Mapping[str, D4RLEnvironment] = MappingProxyType(
         "halfcheetah": _gymnasium("HalfCheetah-v4", 1000),
         "hopper": _gymnasium("Hopper-v4", 1000),
         "walker2d": _gymnasium("Walker2d-v4", 1000),
-        "ant": _gymnasium(
-            "Ant-v4",
-            1000,
-            "recorded: 111 numbers, the last 84 (contact forces) zero; Ant-v4 observes 27, with "
-            "use_contact_forces=True all 111",
+        "ant": D4RLEnvironment(
+            "ant", 1000, "Ant-v4", "recorded: 27 numbers and 84 contact forces that are all zero"
         ),
         "antmaze-umaze": _ant_maze("umaze", 700),
         "antmaze-medium": _ant_maze("medium", 1000),

@@ -117,6 +117,8 @@ class AdvantageWeightedRegression:
             )
         if not (0.0 <= temperature < math.inf):
             raise InputError(f"temperature={temperature}, needed finite and at least 0; correct it")
+        if num_updates is not None and num_updates < 1:
+            raise InputError(f"num_updates={num_updates}, needed at least 1, or None for no decay")
         self.policy = policy
         self.critic = critic
         self.temperature = temperature

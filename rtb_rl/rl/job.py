@@ -154,6 +154,7 @@ def open_job(settings: JobSettings, *, program: str, method: str, tuning_file: P
     Console().print(str(summarise(dataset)), highlight=False, soft_wrap=True)
     config = {
         **data_facts(dataset),
+        "source": _source(settings, budget),
         "program": program,
         "method": method,
         "seed": settings.seed,
@@ -172,12 +173,14 @@ def _tuning_key(settings: JobSettings) -> str:
     return EMBEDDED if settings.dataset is None else Path(settings.dataset).stem
 
 
+def _source(settings: JobSettings, budget: Budget) -> str:
+    return settings.dataset or f"local/hopper/medium-replay-{budget.collected_steps}-v0"
+
+
 def _dataset(settings: JobSettings, budget: Budget) -> TransitionDataset:
-    source = settings.dataset
-    if source is None:
-        steps = budget.collected_steps
-        name = f"local/hopper/medium-replay-{steps}-v0"
-        source = collect(EMBEDDED, steps=steps, seed=0, dataset_id=name)
+    source = _source(settings, budget)
+    if settings.dataset is None:
+        collect(EMBEDDED, steps=budget.collected_steps, seed=0, dataset_id=source)
     return load_dataset(source, env_id=settings.env_id, clip_actions=settings.clip_actions)
 
 

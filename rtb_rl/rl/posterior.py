@@ -21,6 +21,9 @@ from rtb_rl.training.loop import train
 from rtb_rl.training.run import Run
 from rtb_rl.training.seeding import generator_for
 
+LOG_EVERY = 20
+CHECKPOINT_EVERY = 200
+
 
 @dataclass(frozen=True)
 class PosteriorSettings:
@@ -101,8 +104,8 @@ def fit_posterior(
             finetuner.parts,
             steps=settings.finetune.updates,
             description="posterior",
-            log_every=20,
-            checkpoint_every=200,
+            log_every=LOG_EVERY,
+            checkpoint_every=CHECKPOINT_EVERY,
         )
         posterior.denoiser.load_state_dict(finetuner.average.module.state_dict())
         diagnostics = diagnose(

@@ -70,6 +70,7 @@ def load_dataset(
         recording = _read(source, env_id)
         by_name = environment_of(recording.name)
         env_id = env_id or recording.env_id or (by_name.env_id if by_name else None)
+        differs = by_name.note if by_name and by_name.env_id == env_id else ""
         return TransitionDataset.from_arrays(
             recording.arrays,
             name=recording.name,
@@ -80,7 +81,7 @@ def load_dataset(
             horizon=episode_limit(env_id),
             source=recording.source,
             sha256=recording.sha256,
-            notes=recording.notes,
+            notes=recording.notes + ((differs,) if differs else ()),
         )
     except InputError as error:
         raise InputError(f"{label}: {error}") from None

@@ -16,6 +16,7 @@ from rtb_rl.rl.gaussian_policy import GaussianPolicy, MeanActionPolicy
 from rtb_rl.rl.policy import DiffusionPolicy
 from rtb_rl.rl.posterior import posterior_model
 from rtb_rl.rl.prior import ActionDiffusion, ActionNetwork
+from rtb_rl.rl.readers import load_dataset
 from rtb_rl.rl.stage import load_weights
 from rtb_rl.training.seeding import generator_for
 
@@ -105,7 +106,7 @@ def load_gaussian(directory: Path) -> GaussianPolicy:
 
 def _critic(root: Path, config: dict[str, Any]) -> Critic:
     if config.get("critic"):
-        return load_critic(config["critic"], None)
+        return load_critic(config["critic"], load_dataset(config["source"]))
     stage = _config(root / "critic")
     critic = new_critic(
         stage["observation_size"], stage["action_size"], CriticSettings(**stage["critic"])

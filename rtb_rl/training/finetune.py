@@ -10,10 +10,7 @@ from accelerate import Accelerator
 from torch import Generator, Tensor, nn
 
 from rtb_rl.core import (
-    ConditionalLogZ,
-    GroupMeanLogZ,
     SampleReplay,
-    ScalarLogZ,
     Trajectory,
     backward_in_chunks,
     conditions,
@@ -31,28 +28,9 @@ from rtb_rl.core.protocols import Condition
 from rtb_rl.errors import InputError, NonFiniteError
 from rtb_rl.training.checkpoint import Stateful
 from rtb_rl.training.ema import Average
+from rtb_rl.training.mix import LearnedLogZ, Mix, check_mix
 from rtb_rl.training.seeding import GeneratorState
 from rtb_rl.training.task import Task
-
-LearnedLogZ = ScalarLogZ | ConditionalLogZ | GroupMeanLogZ
-
-
-@dataclass(frozen=True)
-class Mix:
-    """Paths drawn for each condition in an update, by where they come from."""
-
-    on_policy: int = 3
-    """Drawn from the posterior."""
-    prior: int = 0
-    """Drawn from the prior."""
-    data: int = 1
-    """The condition's own data point, noised (0 or 1: a group must not share an endpoint)."""
-    replay: int = 0
-    """Final points seen before, noised; each with the condition it was drawn for."""
-
-    @property
-    def total(self) -> int:
-        return self.on_policy + self.prior + self.data + self.replay
 
 
 @dataclass(frozen=True)
@@ -97,7 +75,7 @@ class Finetuner:
         penalty: Penalty = square,
         accelerator: Accelerator | None = None,
     ):
-        _check_mix(settings.mix, log_z)
+        check_mix(settings.mix, log_z)
         self.task, self.log_z, self.settings = task, log_z, settings
         self.generator, self.penalty, self.accelerator = generator, penalty, accelerator
         self.average = Average(task.posterior, settings.average_decay)
@@ -241,31 +219,6 @@ def _merge(
         conditions.interleave_tensors(list(ratios), rows),
         conditions.interleave_tensors(list(log_rewards), rows),
     )
-
-
-def _check_mix(mix: Mix, log_z: LearnedLogZ) -> None:
-    if min(mix.on_policy, mix.prior, mix.data, mix.replay) < 0 or mix.total == 0:
-        raise InputError(f"the mix {mix} must hold at least one path and no negative number")
-    if mix.data > 1:
-        raise InputError(
-            f"mix.data is {mix.data}: noising one data point more than once makes a group that "
-            f"shares"
-            " its endpoint, in which the reward cancels; use 1"
-        )
-    if mix.replay and not mix.on_policy:
-        raise InputError("mix.replay remembers on-policy points; set mix.on_policy to 1 or more")
-    if isinstance(log_z, GroupMeanLogZ):
-        if mix.replay:
-            raise InputError(
-                "a group mean needs all its paths to share a condition, and replayed points bring"
-                " their own; use a learned log Z or set mix.replay to 0"
-            )
-        if mix.total % log_z.size:
-            raise InputError(
-                f"groups of {log_z.size} don't divide the {mix.total} paths of a condition; make "
-                f"them"
-                " equal"
-            )
 
 
 def _check_finite(step: int, **terms: Tensor) -> None:

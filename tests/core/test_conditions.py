@@ -54,7 +54,6 @@ def test_cutting_and_concatenating_gives_the_rows_back(kind, cut, times):
     assert torch.equal(first(conditions.concatenate(parts)), first(whole))
 
 
-@pytest.mark.xfail(reason="concatenate drops conditions of another kind without a word")
 def test_conditions_of_different_kinds_are_not_concatenated():
     with pytest.raises((TypeError, ValueError)):
         conditions.concatenate([ROWS, None])

@@ -17,6 +17,7 @@ from rtb_rl.core import (
     Schedule,
     cosine_schedule,
     linear_schedule,
+    log_snr_schedule,
     vp_schedule,
     zero_terminal_signal,
 )
@@ -80,6 +81,7 @@ SCHEDULES = {
     "linear": linear_schedule(25),
     "cosine": cosine_schedule(5),
     "vp": vp_schedule(6),
+    "log_snr": log_snr_schedule(6),
     "zero_terminal": zero_terminal_signal(cosine_schedule(6)),
 }
 SPREADS = {"small": small, "large": large, "calibrated": calibrated}

@@ -9,6 +9,8 @@ from torch import Generator, Tensor
 
 from rtb_rl.core import (
     GaussianDiffusion,
+    GaussianKernel,
+    ScaledPrediction,
     Schedule,
     cosine_schedule,
     linear_schedule,
@@ -134,6 +136,32 @@ def test_spread_of_each_coordinate_on_its_own():
     assert torch.equal(diffusion.kernel(zeros, zeros, level).std, std[level - 1])
 
 
+def scaled_kernel(log_scale: Tensor) -> tuple[GaussianKernel, GaussianKernel]:
+    """Kernels of one prediction, with a factor on the spread and without."""
+    schedule = cosine_schedule(4)
+    diffusion = GaussianDiffusion(schedule, (2,), large_spread(schedule), dtype=torch.float64)
+    x, level = torch.ones((4, 2), dtype=torch.float64), torch.arange(1, 5)
+    x0 = x / 3
+    return diffusion.kernel(ScaledPrediction(x0, log_scale), x, level), diffusion.kernel(
+        x0, x, level
+    )
+
+
+def test_a_scaled_prediction_multiplies_the_spread_and_leaves_the_mean():
+    log_scale = torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(4, 2)
+    scaled, plain = scaled_kernel(log_scale)
+    assert torch.equal(scaled.mean, plain.mean)
+    torch.testing.assert_close(scaled.std, plain.std * log_scale.exp())
+    unchanged, plain = scaled_kernel(torch.zeros_like(log_scale))
+    assert not unchanged.log_ratio(plain, plain.mean + 1).any()
+
+
+def test_samples_of_a_learned_spread_carry_no_graph():
+    log_scale = torch.zeros((4, 2), dtype=torch.float64, requires_grad=True)
+    scaled, _ = scaled_kernel(log_scale)
+    assert not scaled.sample(generator=Generator().manual_seed(0)).requires_grad
+
+
 def test_another_spread_changes_nothing_else():
     schedule = cosine_schedule(4)
     before = GaussianDiffusion(schedule, (2,), large_spread(schedule), dtype=torch.float64)
@@ -171,7 +199,6 @@ def test_signal_left_is_a_number_and_a_warning_above_five_per_cent():
         assert bool(caught) == warns
 
 
-@pytest.mark.xfail(reason="kernel() casts weights and spread to the type of the prediction")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_predictions_keep_the_tables_of_the_chain(dtype: torch.dtype):
     """A network under autocast answers in half precision; the chain must not be rounded too."""

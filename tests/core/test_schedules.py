@@ -12,6 +12,7 @@ from rtb_rl.core import (
     Schedule,
     cosine_schedule,
     linear_schedule,
+    log_snr_schedule,
     vp_schedule,
     zero_terminal_signal,
 )
@@ -64,6 +65,16 @@ def test_vp_schedule_closed_form(levels):
     assert float(vp_schedule(levels).signal[-1]) == pytest.approx(math.exp(-20.1 / 4), rel=1e-12)
 
 
+@pytest.mark.parametrize("levels", [2, 8])
+def test_log_snr_schedule_has_even_steps_between_its_ends(levels):
+    schedule = log_snr_schedule(levels, first_noise=0.1, last_signal=0.02)
+    ratio = (schedule.noise / schedule.signal)[1:]
+    assert ratio[0].item() == pytest.approx(0.1, rel=1e-9)
+    assert ratio[-1].item() == pytest.approx(50, rel=1e-9)
+    step = ratio.log().diff()
+    torch.testing.assert_close(step, step[:1].expand_as(step), rtol=1e-9, atol=0)
+
+
 def test_cosine_schedule_closed_form():
     schedule = cosine_schedule(5)
     for level in range(1, 5):
@@ -85,7 +96,7 @@ def test_zero_terminal_signal_is_exactly_zero_and_keeps_the_first_level(make, le
 
 
 @given(
-    st.sampled_from([linear_schedule, cosine_schedule, vp_schedule]),
+    st.sampled_from([linear_schedule, cosine_schedule, vp_schedule, log_snr_schedule]),
     st.integers(21, 300),
     st.booleans(),
 )

@@ -145,7 +145,6 @@ def test_weights_of_prior_paths_have_mean_one():
     assert float(weight.mean()) == pytest.approx(1, abs=4 * float(weight.std()) / count**0.5)
 
 
-@pytest.mark.xfail(reason="the prior is evaluated with a graph: more memory, and a gradient in it")
 def test_gradient_of_the_log_ratio_never_reaches_the_prior():
     posterior, prior = Network(1), Network(2)
     log_ratio(DIFFUSION, posterior, prior, path()).sum().backward()

@@ -20,7 +20,9 @@ from rtb_rl.core import (
     Denoiser,
     GaussianDiffusion,
     ScalarLogZ,
+    ScaledPrediction,
     Schedule,
+    Trajectory,
     backward_in_chunks,
     cosine_schedule,
     effective_sample_size,
@@ -35,6 +37,7 @@ from rtb_rl.core import (
     zero_terminal_signal,
 )
 from rtb_rl.core.gaussian import calibrated_spread, large_spread
+from rtb_rl.core.protocols import Condition
 
 
 def number(value: float) -> Tensor:
@@ -117,6 +120,32 @@ def log_weights(paths_of: GaussianDiffusion, count: int, *, seed: int) -> tuple[
     return log_weight(REWARD(path.x0), log_ratio(CHAIN, posterior, PRIOR, path), 1.0), log_z
 
 
+def test_a_learned_spread_makes_a_concave_reward_exactly_realisable():
+    """Residual 0 on any path once the steps may be narrower than the prior's; not without."""
+    tilted, log_z = tilted_chain()
+    mean = denoiser_of(CHAIN, tilted)
+    prior_std = chain_of(CHAIN, PRIOR).std
+    log_scale = (tilted.std / prior_std).log()
+
+    def narrowed(x: Tensor, level: Tensor, condition: Condition) -> ScaledPrediction:
+        return ScaledPrediction(mean(x, level, condition), log_scale[level - 1])
+
+    generator = Generator().manual_seed(0)
+    anything = torch.randn((CHAIN.levels + 1, 20, 1), generator=generator, dtype=torch.float64)
+    paths = [
+        Trajectory(5 * anything),
+        rollout(CHAIN, PRIOR, None, 20, generator=generator),
+        rollout(CHAIN, narrowed, None, 20, generator=generator),
+    ]
+    for path in paths:
+        narrow, wide = (
+            log_weight(REWARD(path.x0), log_ratio(CHAIN, model, PRIOR, path), 1.0)
+            for model in (narrowed, mean)
+        )
+        assert residual(number(log_z), narrow).abs().max() < 1e-9
+        assert residual(number(log_z), wide).abs().max() > 0.1
+
+
 def test_log_z_lies_between_the_means_over_posterior_and_target_paths():
     """E_post[log w] = log Z - KL(post || target); E_target[log w] = log Z + KL(target || post)."""
     count = 40_000
@@ -160,7 +189,7 @@ class Affine(nn.Module):
         self.scale = nn.Parameter(torch.zeros(levels, 1, dtype=torch.float64))
         self.shift = nn.Parameter(torch.zeros(levels, 1, dtype=torch.float64))
 
-    def forward(self, x: Tensor, level: Tensor, condition: object) -> Tensor:
+    def forward(self, x: Tensor, level: Tensor, condition: Condition) -> Tensor:
         return self.scale[level - 1] * x + self.shift[level - 1]
 
 

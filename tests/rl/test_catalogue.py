@@ -54,7 +54,7 @@ def test_no_two_tasks_share_a_file():
     ("name", "env_id", "horizon"),
     [
         ("halfcheetah-medium-replay-v2", "HalfCheetah-v4", 1000),
-        ("ant-expert-v1", "Ant-v4", 1000),
+        ("ant-expert-v1", "ant", 1000),
         ("antmaze-umaze-diverse-v2", "antmaze-umaze-v2", 700),
         ("antmaze-medium-play-v0", "antmaze-medium-v2", 1000),
         ("kitchen-partial-v0", "kitchen-partial-v0", 280),

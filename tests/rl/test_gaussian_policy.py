@@ -206,6 +206,11 @@ def test_a_temperature_out_of_range_is_refused(temperature: float) -> None:
         AdvantageWeightedRegression(make_policy(), Quadratic(1.0, 0.0), temperature=temperature)
 
 
+def test_a_decay_over_no_updates_is_refused() -> None:
+    with pytest.raises(InputError, match="num_updates=0, needed at least 1, or None"):
+        AdvantageWeightedRegression(make_policy(), Quadratic(1.0, 0.0), num_updates=0)
+
+
 @pytest.mark.parametrize(
     ("low", "high", "message"),
     [

@@ -1,0 +1,182 @@
+"""Every offline-RL program runs whole, resumes exactly, and refuses bad input before it works."""
+
+import importlib
+import json
+
+import pytest
+import torch
+
+from rtb_rl.errors import InputError
+from rtb_rl.rl import Budget, collect, evaluate, job, load_policy, posterior, read_tuning
+from rtb_rl.rl.critic_training import CriticSettings, GaussianSettings
+from rtb_rl.rl.posterior import PosteriorSettings
+from rtb_rl.training import FinetuneSettings, PretrainSettings, Run, loop
+
+pytestmark = pytest.mark.mujoco
+PROGRAMS = {
+    "rtb_iql": ["prior", "iql", "best_of_n", "rtb"],
+    "diffusion_bc": ["prior"],
+    "best_of_n": ["prior", "best_of_n"],
+    "iql": ["iql"],
+}
+TINY = Budget(
+    prior=PretrainSettings(steps=24, batch=32),
+    critic=CriticSettings(steps=24, batch=32),
+    gaussian=GaussianSettings(steps=24, batch=32),
+    posterior=PosteriorSettings(
+        FinetuneSettings(updates=12, beta_warmup=3, conditions=8), diagnostic_rows=2
+    ),
+    episodes=2,
+)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """A Minari data set of random Hopper episodes, in a folder of its own."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("MINARI_DATASETS_PATH", str(tmp_path_factory.mktemp("minari")))
+    yield collect("hopper-random", steps=600, seed=0)
+    patch.undo()
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Tiny budgets, checkpoints every few steps."""
+    monkeypatch.setattr(job, "budget_for", lambda name, tuning: TINY.with_beta(tuning.beta))
+    monkeypatch.setattr(posterior, "LOG_EVERY", 2)
+    monkeypatch.setattr(posterior, "CHECKPOINT_EVERY", 4)
+    often = {**loop.train.__kwdefaults__, "log_every": 4, "checkpoint_every": 8}
+    monkeypatch.setattr(loop.train, "__kwdefaults__", often)
+
+
+def run(program, dataset, out, **settings):
+    module = importlib.import_module(f"rtb_rl.agents.{program}")
+    module.main(module.Settings(dataset=dataset, out=out, seed=3, **settings))
+    results = json.loads((out / "results.json").read_text())
+    return {key: results[key] for key in ("methods", "diagnostics", "dataset", "versions")}
+
+
+class KillAfter:
+    """Lets a number of checkpoints be written, then stands in for SIGKILL."""
+
+    def __init__(self, saves):
+        self.left = saves
+        self.save = Run.save
+
+    def __call__(self, run, step, parts):
+        if self.left == 0:
+            raise KeyboardInterrupt
+        self.left -= 1
+        self.save(run, step, parts)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_program_killed_again_and_again_ends_like_one_that_was_not(
+    program, dataset, tiny, tmp_path, monkeypatch
+):
+    whole = run(program, dataset, tmp_path / "whole")
+    assert list(whole["methods"]) == PROGRAMS[program]
+    kills = 0
+    while not (tmp_path / "cut" / "results.json").exists():
+        with monkeypatch.context() as patch:
+            kill = KillAfter(2)
+            patch.setattr(Run, "save", lambda *a, kill=kill: kill(*a))
+            try:
+                run(program, dataset, tmp_path / "cut")
+            except KeyboardInterrupt:
+                kills += 1
+    assert kills >= 1
+    assert run(program, dataset, tmp_path / "cut") == whole
+    stages = [path.parent.name for path in (tmp_path / "whole").glob("*/model.safetensors")]
+    for stage in stages:
+        for name in ("model.safetensors", "metrics.jsonl"):
+            one, other = (tmp_path / side / stage / name for side in ("whole", "cut"))
+            assert one.read_bytes() == other.read_bytes(), f"{stage}/{name}"
+
+
+def test_results_hold_what_scripts_read(dataset, tiny, tmp_path):
+    run("rtb_iql", dataset, tmp_path / "run")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    for row in results["methods"].values():
+        assert len(row["returns"]) == 2
+        low, high = row["normalised_score_interval"]
+        assert low <= row["normalised_score"] <= high
+    expected = {"elbo", "log_z", "log_z_standard_error", "ess", "residual_std"}
+    assert expected <= set(results["diagnostics"])
+    assert set(results["timings"]) == {"prior", "critic", "iql", "posterior"}
+    assert results["dataset"]["env_id"] == "Hopper-v5"
+    assert results["versions"]["torch"] == torch.__version__
+    assert (tmp_path / "run" / "figure.png").stat().st_size > 10_000
+
+
+def test_a_saved_policy_is_the_one_that_was_evaluated(dataset, tiny, tmp_path):
+    results = run("rtb_iql", dataset, tmp_path / "run")
+    for method in PROGRAMS["rtb_iql"]:
+        policy = load_policy(tmp_path / "run", method)
+        again = evaluate(policy, policy.env_id, episodes=2, seed=3)
+        assert again.returns == results["methods"][method]["returns"], method
+
+
+def test_other_programs_take_over_prior_and_critic(dataset, tiny, tmp_path):
+    run("rtb_iql", dataset, tmp_path / "main")
+    first = (tmp_path / "main" / "prior" / "model.safetensors").read_bytes()
+    run("best_of_n", dataset, tmp_path / "other", share=tmp_path / "main")
+    assert (tmp_path / "other" / "prior" / "model.safetensors").read_bytes() == first
+    with pytest.raises(InputError, match="holds no complete"):
+        run("best_of_n", dataset, tmp_path / "third", share=tmp_path / "nowhere")
+
+
+def test_a_critic_of_one_s_own_by_name(dataset, tiny, tmp_path, monkeypatch):
+    (tmp_path / "my_critic.py").write_text(
+        "class Small:\n"
+        "    def q(self, observation, action):\n"
+        "        return -action.square().sum(1)\n"
+        "def make(dataset):\n"
+        "    assert dataset.action_size == 3\n"
+        "    return Small()\n"
+        "def wrong():\n"
+        "    return object()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    results = run("rtb_iql", dataset, tmp_path / "run", critic="my_critic:make")
+    assert list(results["methods"]) == ["prior", "best_of_n", "rtb"]
+    assert load_policy(tmp_path / "run", "best_of_n").env_id == "Hopper-v5"
+    with pytest.raises(InputError, match="method q"):
+        run("rtb_iql", dataset, tmp_path / "bad", critic="my_critic:wrong")
+    assert not (tmp_path / "bad").exists()
+
+
+def test_bad_input_is_refused_before_anything_is_written(dataset, tiny, tmp_path):
+    cases = [
+        (dict(env_id="HalfCheetah-v5"), "17"),
+        (dict(env_id="Hoper-v5"), "Hopper-v5"),
+        (dict(critic="nothing_here:make"), "nothing_here"),
+    ]
+    for settings, words in cases:
+        with pytest.raises(InputError, match=words):
+            run("rtb_iql", dataset, tmp_path / "out", **settings)
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="hopper-medium"):
+        run("rtb_iql", "hoper-medium-v2", tmp_path / "out")
+    run("diffusion_bc", dataset, tmp_path / "out")
+    with pytest.raises(InputError, match="another configuration.*beta"):
+        run("diffusion_bc", dataset, tmp_path / "out", beta=123.0)
+
+
+def test_mistake_6_the_settings_that_ran_are_those_written_down(dataset, tiny, tmp_path):
+    """Published: defaults of the code differ from the paper's, and no file says what was run."""
+    run("rtb_iql", dataset, tmp_path / "run", beta=2.5)
+    config = json.loads((tmp_path / "run" / "posterior" / "config.json").read_text())
+    assert config["posterior"]["finetune"]["beta"] == 2.5
+    last = (tmp_path / "run" / "posterior" / "metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last)["rtb/beta"] == 2.5 and json.loads(last)["step"] == 12
+
+
+def test_unknown_keys_of_the_tuning_file_are_errors(tmp_path):
+    path = tmp_path / "tuning.toml"
+    path.write_text("[default]\nbeta = 2.0\n[hopper]\nbeta = 3.0\n")
+    assert read_tuning(path, "hopper").beta == 3.0 and read_tuning(path, "other").beta == 2.0
+    path.write_text("[hopper]\nalpha = 3.0\n")
+    with pytest.raises(InputError, match=r"table \[hopper\]: unknown alpha; known are beta"):
+        read_tuning(path, "other")

@@ -1,0 +1,223 @@
+"""The RTB loop: where paths come from, what is shared within a group, what gets a gradient."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from rtb_rl.core import (
+    ConditionalLogZ,
+    GaussianDiffusion,
+    GroupMeanLogZ,
+    ScalarLogZ,
+    VelocityPrediction,
+    log_snr_schedule,
+    zero_terminal_signal,
+)
+from rtb_rl.core.gaussian import large_spread
+from rtb_rl.errors import InputError, NonFiniteError
+from rtb_rl.nn import MLP, LearnedSpread, ResidualMLP
+from rtb_rl.training import Finetuner, FinetuneSettings, Mix, Run, Task, diagnose, train
+
+LEVELS = 6
+SCHEDULE = zero_terminal_signal(log_snr_schedule(LEVELS))
+
+
+def make_task(log_reward=None, levels=LEVELS, condition=True):
+    """Two coordinates given one number; an untrained network as the prior."""
+    generator = torch.Generator().manual_seed(1)
+    schedule = zero_terminal_signal(log_snr_schedule(levels))
+    diffusion = GaussianDiffusion(schedule, (2,), large_spread(schedule))
+    network = ResidualMLP(2, levels, condition_size=int(condition), width=16, generator=generator)
+    network.last.weight.data.normal_(std=0.1, generator=generator)
+    prior = VelocityPrediction(network, schedule)
+    posterior = LearnedSpread(copy.deepcopy(prior), levels=levels, size=2)
+
+    def draw(n, *, generator):
+        if not condition:
+            return None, None
+        return torch.randn((n, 1), generator=generator), torch.randn((n, 2), generator=generator)
+
+    return Task("toy", diffusion, prior, posterior, log_reward or (lambda x0, c: x0.sum(1)), draw)
+
+
+def conditional_log_z():
+    return ConditionalLogZ(MLP(1, 1, width=16, generator=torch.Generator().manual_seed(2)))
+
+
+def make_finetuner(task, log_z=None, **settings):
+    settings = {"conditions": 8, "beta_warmup": 1, "levels_per_path": None} | settings
+    return Finetuner(
+        task,
+        log_z or conditional_log_z(),
+        FinetuneSettings(**settings),
+        generator=torch.Generator().manual_seed(3),
+    )
+
+
+def test_mistake_1_the_posterior_starts_exactly_at_the_prior():
+    """The published start adds a copy of the prior to the prior: log-ratios far from zero."""
+    metrics = make_finetuner(make_task()).update(0)
+    assert float(metrics["rtb/log_ratio"]) == 0.0
+    task = make_task()
+    doubled = copy.deepcopy(task.posterior)
+
+    class Doubled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = doubled
+
+        def forward(self, x, level, condition):
+            prediction = self.inner(x, level, condition)
+            return prediction._replace(x0=2 * prediction.x0)
+
+    wrong = Task(
+        "toy", task.diffusion, task.prior, Doubled(), task.log_reward, task.draw_conditions
+    )
+    assert abs(float(make_finetuner(wrong).update(0)["rtb/log_ratio"])) > 0.1
+
+
+def test_first_residual_is_log_z_minus_beta_log_r():
+    finetuner = make_finetuner(make_task(lambda x0, c: torch.full((len(x0),), 2.0)), beta=3.0)
+    metrics = finetuner.update(0)
+    assert float(metrics["rtb/log_z"]) == pytest.approx(6.0)
+    assert float(metrics["rtb/loss"]) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_paths_of_a_condition_are_neighbours_with_their_own_endpoints():
+    finetuner = make_finetuner(make_task(), mix=Mix(on_policy=2, prior=2, data=1))
+    paths, ratio, log_reward = finetuner._draw_paths()
+    groups = paths.condition.reshape(8, 5)
+    assert (groups == groups[:, :1]).all() and len(groups[:, 0].unique()) == 8
+    endpoints = paths.x0.reshape(8, 5, 2)
+    for group in endpoints:
+        assert len(group.unique(dim=0)) == 5
+    assert torch.equal(log_reward, paths.x0.sum(1))
+    assert paths.x.shape == (LEVELS + 1, 40, 2) and not ratio.requires_grad
+
+
+def test_mistake_2_off_policy_paths_carry_the_reward():
+    """Published: noisings of one data point form a group, and the reward cancels from the loss."""
+    losses = []
+    for slope in (1.0, -3.0):
+        task = make_task(lambda x0, c, slope=slope: slope * x0.sum(1))
+        finetuner = make_finetuner(task, GroupMeanLogZ(3), mix=Mix(on_policy=1, prior=1, data=1))
+        losses.append(float(finetuner.update(0)["rtb/loss"]))
+    assert losses[1] == pytest.approx(9 * losses[0], rel=1e-4)
+    with pytest.raises(InputError, match="shares its endpoint"):
+        make_finetuner(make_task(), GroupMeanLogZ(64), mix=Mix(on_policy=0, data=64))
+
+
+@pytest.mark.parametrize(
+    ("mix", "log_z", "words"),
+    [
+        (Mix(on_policy=0, data=0), ScalarLogZ(), "at least one path"),
+        (Mix(on_policy=-1, data=1), ScalarLogZ(), "no negative"),
+        (Mix(on_policy=0, prior=1, data=0, replay=1), ScalarLogZ(), "on_policy to 1"),
+        (Mix(on_policy=2, data=0, replay=1), GroupMeanLogZ(3), "learned log Z"),
+        (Mix(on_policy=3, data=0), GroupMeanLogZ(2), "don't divide"),
+    ],
+)
+def test_a_mix_that_can_t_be_grouped_is_refused(mix, log_z, words):
+    with pytest.raises(InputError, match=words):
+        make_finetuner(make_task(), log_z, mix=mix)
+
+
+def test_data_paths_need_data():
+    task = make_task(condition=False)
+    with pytest.raises(InputError, match="draws no data"):
+        make_finetuner(task, ScalarLogZ(), mix=Mix(on_policy=1, data=1)).update(0)
+
+
+def test_replayed_points_keep_their_condition_and_reward():
+    task = make_task(lambda x0, c: x0.sum(1) + 10 * c[:, 0])
+    finetuner = make_finetuner(task, mix=Mix(on_policy=1, data=0, replay=2))
+    for step in range(3):
+        finetuner.update(step)
+    paths, _, log_reward = finetuner._draw_paths()
+    assert paths.x.shape[1] == 8 * 3
+    assert torch.allclose(log_reward, paths.x0.sum(1) + 10 * paths.condition[:, 0])
+    replayed = paths.condition.reshape(8, 3)[:, 1:]
+    assert (replayed != paths.condition.reshape(8, 3)[:, :1]).any()
+
+
+def test_the_prior_and_the_states_get_no_gradient():
+    task = make_task()
+    before = copy.deepcopy(task.prior.state_dict())
+    finetuner = make_finetuner(task, mix=Mix(on_policy=2, prior=1, data=1))
+    for step in range(3):
+        finetuner.update(step)
+    assert all(p.grad is None for p in task.prior.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), task.prior.state_dict().values()))
+    assert not torch.equal(task.posterior.log_scale, torch.zeros_like(task.posterior.log_scale))
+
+
+def test_beta_rises_to_its_value():
+    finetuner = make_finetuner(make_task(), beta=4.0, beta_warmup=4)
+    betas = [float(finetuner.update(step)["rtb/beta"]) for step in range(6)]
+    assert betas == [1.0, 2.0, 3.0, 4.0, 4.0, 4.0]
+
+
+def test_a_reward_of_minus_infinity_is_floored_and_nan_stops():
+    task = make_task(lambda x0, c: torch.where(x0[:, 0] > 0, 0.0, -math.inf))
+    metrics = make_finetuner(task, log_reward_floor=-50.0).update(0)
+    assert -50 < float(metrics["rtb/log_reward"]) < 0
+    task = make_task(lambda x0, c: x0.sum(1) / 0 * 0)
+    with pytest.raises(NonFiniteError, match="log_reward is nan at step 0"):
+        make_finetuner(task).update(0)
+
+
+def test_memory_does_not_grow_with_the_number_of_levels():
+    largest = {}
+    for levels in (4, 32):
+        task = make_task(levels=levels)
+        rows = []
+        task.posterior.register_forward_pre_hook(lambda m, a, rows=rows: rows.append(len(a[0])))
+        make_finetuner(task, chunk=16).update(0)
+        largest[levels] = max(rows)
+    assert largest[4] == largest[32] == 24  # 8 conditions x 3 on-policy paths, in the rollout
+
+
+@pytest.mark.parametrize(
+    "mix", [Mix(), Mix(on_policy=1, prior=2, data=1), Mix(on_policy=2, data=0, replay=1)]
+)
+def test_resumed_training_is_bit_equal(tmp_path, mix):
+    def fit(directory, stop_at=None):
+        task = make_task()
+        finetuner = make_finetuner(task, mix=mix, levels_per_path=3)
+
+        def update(step):
+            if step == stop_at:
+                raise KeyboardInterrupt
+            return finetuner.update(step)
+
+        train(
+            Run(directory, {}),
+            update,
+            finetuner.parts,
+            steps=12,
+            description="toy",
+            log_every=2,
+            checkpoint_every=4,
+        )
+        return finetuner.average.module.state_dict()
+
+    whole = fit(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "cut", stop_at=7)
+    resumed = fit(tmp_path / "cut")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    metrics = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "cut")]
+    assert metrics[0] == metrics[1]
+
+
+def test_diagnostics_of_the_prior_under_a_constant_reward_are_exact():
+    task = make_task(lambda x0, c: torch.full((len(x0),), 0.25))
+    found = diagnose(
+        task, task.posterior, 2.0, rows=4, samples=8, generator=torch.Generator().manual_seed(0)
+    )
+    assert found["elbo"] == pytest.approx(0.5) and found["log_z"] == pytest.approx(0.5)
+    assert found["ess"] == pytest.approx(1.0) and found["residual_std"] == pytest.approx(0.0)
+    assert found["kl"] == 0.0
