@@ -14,7 +14,7 @@ package itself only reads the selected file.
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import gymnasium
 import numpy as np
@@ -22,6 +22,7 @@ import torch
 import tyro
 from safetensors.torch import load_file, save_file
 from stable_baselines3 import SAC
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 
 
@@ -54,9 +55,9 @@ class Select:
     """Snapshots kept on the way to medium."""
 
 
-def actor_tensors(model: SAC) -> dict[str, torch.Tensor]:
+def actor_tensors(model: BaseAlgorithm) -> dict[str, torch.Tensor]:
     """The actor as layer0 -> relu -> layer1 -> relu -> (mean, log_std), weights [out, in]."""
-    actor = model.policy.actor
+    actor: Any = model.policy.actor
     layers = {
         "layer0": actor.latent_pi[0],
         "layer1": actor.latent_pi[2],
