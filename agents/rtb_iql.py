@@ -27,10 +27,10 @@ from rtb_rl.rl import (
 class Settings(JobSettings):
     """Offline RL with relative trajectory balance."""
 
-    grouped_log_z: bool = False
-    """Estimate log Z(s) by the mean over the paths of a state instead of a network."""
+    grouped_log_z: bool = True
+    """Log Z(s) as the mean over the paths of a state; --no-grouped-log-z: as a network."""
     langevin: bool = False
-    """Let the posterior use the critic's gradient."""
+    """Let the posterior use the critic's gradient, which must then exist; acting takes longer."""
 
 
 def main(settings: Settings) -> None:

@@ -37,7 +37,7 @@ class Budget:
 class Tuning:
     """What is set per data set; `default` serves the others."""
 
-    beta: float = 10.0
+    beta: float = 3.0
     """Inverse temperature, in nats per unit of the critic (returns scaled to a range of 1000)."""
     expectile: float = 0.7
 
@@ -60,7 +60,7 @@ def _demo() -> Budget:
 
 
 def _smoke() -> Budget:
-    finetune = FinetuneSettings(updates=40, beta_warmup=10, conditions=32)
+    finetune = FinetuneSettings(updates=40, beta_warmup=10, conditions=16)
     return Budget(
         prior=PretrainSettings(steps=300),
         critic=CriticSettings(steps=300),

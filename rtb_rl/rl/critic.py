@@ -114,6 +114,13 @@ class IQLCritic(nn.Module):
         inputs = torch.cat([self.scaler(observation), action], dim=1)
         return self.q_network(inputs).squeeze(-1).amin(dim=0)
 
+    def action_gradient(self, observation: Tensor, action: Tensor) -> Tensor:
+        """d q / d action, [batch, action size]: the gradient of the least member."""
+        inputs = torch.cat([self.scaler(observation), action], dim=1)
+        values, slopes = self.q_network.input_gradient(inputs)
+        least = values.argmin(0)
+        return slopes[least, torch.arange(len(action), device=least.device), observation.shape[1] :]
+
     def v(self, observation: Tensor) -> Tensor:
         """V(s), [batch]."""
         return self.v_network(self.scaler(observation)).flatten()

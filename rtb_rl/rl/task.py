@@ -7,6 +7,7 @@ from torch import Generator, Tensor, nn
 
 from rtb_rl.core import GaussianDiffusion, LogReward
 from rtb_rl.core.protocols import Condition
+from rtb_rl.errors import InputError
 from rtb_rl.rl.critic import Critic
 from rtb_rl.rl.dataset import TransitionDataset
 from rtb_rl.training.task import DrawConditions, Task
@@ -30,15 +31,26 @@ def critic_log_reward(critic: Critic) -> LogReward:
 
 
 def critic_gradient(critic: Critic) -> Callable[[Tensor, Condition], Tensor]:
-    """d Q(s, a) / d a at the clipped action, for the Langevin term; needs a differentiable
-    critic.
+    """d Q(s, a) / d a at the clipped action, for the Langevin term.
+
+    By the critic's own `action_gradient` where it has one, else by autograd; then a critic that is
+    not differentiable is an InputError.
     """
+    own: Callable[[Tensor, Tensor], Tensor] | None = getattr(critic, "action_gradient", None)
 
     def gradient(x0: Tensor, condition: Condition) -> Tensor:
+        assert isinstance(condition, Tensor)
+        action = x0.clamp(-1, 1).detach()
+        if own is not None:
+            return own(condition, action)
         with torch.enable_grad():
-            action = x0.clamp(-1, 1).detach().requires_grad_()
-            assert isinstance(condition, Tensor)
-            (slope,) = torch.autograd.grad(critic.q(condition, action).sum(), action)
+            q = critic.q(condition, action.requires_grad_())
+            if not q.requires_grad:
+                raise InputError(
+                    f"the Langevin term needs the gradient of {type(critic).__name__}.q by the"
+                    " action, and there is none; make q differentiable or leave the term out"
+                )
+            (slope,) = torch.autograd.grad(q.sum(), action)
         return slope
 
     return gradient

@@ -42,14 +42,14 @@ class FinetuneSettings:
     """Strength of the reward: the target is prior * r^beta."""
     beta_warmup: int = 300
     """Updates over which beta rises linearly to its value."""
-    conditions: int = 128
+    conditions: int = 64
     """Conditions an update; each gets `mix.total` paths."""
     mix: Mix = field(default_factory=Mix)
     levels_per_path: int | None = 5
     """Random steps of each path that get a gradient, scaled to be unbiased; None: all of them."""
     chunk: int = 4096
     """Rows (a path at a level) evaluated at once where memory could grow."""
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-3
     log_z_learning_rate: float = 1e-3
     gradient_clip: float = 1.0
     """Largest norm of the posterior's gradient."""

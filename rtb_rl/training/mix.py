@@ -12,7 +12,7 @@ LearnedLogZ = ScalarLogZ | ConditionalLogZ | GroupMeanLogZ
 class Mix:
     """Paths drawn for each condition in an update, by where they come from."""
 
-    on_policy: int = 3
+    on_policy: int = 7
     """Drawn from the posterior."""
     prior: int = 0
     """Drawn from the prior."""

@@ -238,3 +238,20 @@ def test_a_missing_requirement_of_the_users_module_is_named(folder: Path) -> Non
 def test_errors_of_the_users_own_code_pass_through(folder) -> None:
     with pytest.raises(KeyError, match="weights"):
         load_critic("user_critic:broken", None)
+
+
+@pytest.mark.parametrize("members", [1, 2, 5])
+def test_action_gradient_is_that_of_autograd(members: int):
+    generator = torch.Generator().manual_seed(members)
+    critic = IQLCritic(4, 3, members=members, width=16, generator=generator)
+    critic.standardise(torch.randn((50, 4), generator=generator) * 3 + 1)
+    observation = torch.randn((20, 4), generator=generator)
+    action = torch.randn((20, 3), generator=generator).requires_grad_()
+    (expected,) = torch.autograd.grad(critic.q(observation, action).sum(), action)
+    torch.testing.assert_close(critic.action_gradient(observation, action), expected)
+
+
+def test_action_gradient_refuses_what_it_does_not_know():
+    critic = IQLCritic(2, 1, layer_norm=True, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(InputError, match="no layer norm"):
+        critic.action_gradient(torch.zeros(1, 2), torch.zeros(1, 1))

@@ -177,7 +177,7 @@ def test_memory_does_not_grow_with_the_number_of_levels():
         task.posterior.register_forward_pre_hook(lambda m, a, rows=rows: rows.append(len(a[0])))
         make_finetuner(task, chunk=16).update(0)
         largest[levels] = max(rows)
-    assert largest[4] == largest[32] == 24  # 8 conditions x 3 on-policy paths, in the rollout
+    assert largest[4] == largest[32] == 56  # 8 conditions x 7 on-policy paths, in the rollout
 
 
 @pytest.mark.parametrize(
