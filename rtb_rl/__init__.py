@@ -1,3 +1,77 @@
-"""Diffusion posteriors p(x) r(x)^beta / Z by relative trajectory balance."""
+"""Diffusion posteriors p(x) r(x)^beta / Z by relative trajectory balance.
+
+The core's public names are here; `rtb_rl.training`, `rtb_rl.rl` and `rtb_rl.nn` are imported by
+their own names, so that `import rtb_rl` needs torch and numpy only.
+"""
+
+from rtb_rl.core import (
+    ConditionalLogZ,
+    GaussianDiffusion,
+    GaussianKernel,
+    GroupMeanLogZ,
+    NoisePrediction,
+    Sampler,
+    SampleReplay,
+    ScalarLogZ,
+    ScaledPrediction,
+    Schedule,
+    ScorePrediction,
+    Trajectory,
+    VelocityPrediction,
+    backward_in_chunks,
+    cosine_schedule,
+    effective_sample_size,
+    elbo,
+    huber,
+    importance_log_z,
+    linear_schedule,
+    log_ratio,
+    log_snr_schedule,
+    log_weight,
+    residual,
+    rollout,
+    rollout_against,
+    rtb_loss,
+    square,
+    vp_schedule,
+    zero_terminal_signal,
+)
+from rtb_rl.errors import CheckpointError, InputError, NonFiniteError
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "ConditionalLogZ",
+    "GaussianDiffusion",
+    "GaussianKernel",
+    "GroupMeanLogZ",
+    "InputError",
+    "NoisePrediction",
+    "NonFiniteError",
+    "SampleReplay",
+    "Sampler",
+    "ScalarLogZ",
+    "ScaledPrediction",
+    "Schedule",
+    "ScorePrediction",
+    "Trajectory",
+    "VelocityPrediction",
+    "backward_in_chunks",
+    "cosine_schedule",
+    "effective_sample_size",
+    "elbo",
+    "huber",
+    "importance_log_z",
+    "linear_schedule",
+    "log_ratio",
+    "log_snr_schedule",
+    "log_weight",
+    "residual",
+    "rollout",
+    "rollout_against",
+    "rtb_loss",
+    "square",
+    "vp_schedule",
+    "zero_terminal_signal",
+]

@@ -165,7 +165,7 @@ def finished_run(monkeypatch):
         asked.update(options, policy=policy, env_id=env_id)
         return rl.EpisodeRecords([50.0, 150.0], [10, 20], [True, False])
 
-    def load_policy(directory):
+    def load_policy(directory, method):
         asked["directory"] = directory
         return FinishedPolicy()
 

@@ -58,7 +58,6 @@ def load_dataset(
 
     A D4RL task name (downloaded once), an .hdf5, .h5 or .npz file or a mapping of arrays under the
     flat D4RL keys, a Minari id or the directory of a Minari data set.
-
     `env_id` is the environment to evaluate in; when not given, that of the file's attributes or of
     Minari's specification, or the one that the name stands for. `action_box` (low, high) likewise:
     Minari's, else the environment's. Actions outside it are refused unless `clip_actions`; those of
@@ -70,7 +69,7 @@ def load_dataset(
         recording = _read(source, env_id)
         by_name = environment_of(recording.name)
         env_id = env_id or recording.env_id or (by_name.env_id if by_name else None)
-        differs = by_name.note if by_name and by_name.env_id == env_id else ""
+        differs = (by_name.note,) if by_name and by_name.note and by_name.env_id == env_id else ()
         return TransitionDataset.from_arrays(
             recording.arrays,
             name=recording.name,
@@ -81,7 +80,7 @@ def load_dataset(
             horizon=episode_limit(env_id),
             source=recording.source,
             sha256=recording.sha256,
-            notes=recording.notes + ((differs,) if differs else ()),
+            notes=recording.notes + differs,
         )
     except InputError as error:
         raise InputError(f"{label}: {error}") from None
