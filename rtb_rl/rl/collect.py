@@ -68,6 +68,7 @@ def collect(
         if not overwrite and _is_kept(root / dataset_id, dataset_id, stamp):
             Console(stderr=True).print(f"{dataset_id}: was made with the same settings; kept")
             return dataset_id
+        Console(stderr=True).print(f"{dataset_id}: collecting {steps} steps", highlight=False)
         with _staging(root) as staging:
             episodes = _episodes(recipe, recipe_policies(name, level), steps, seed)
             with _minari_folder(staging):
