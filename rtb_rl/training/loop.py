@@ -55,7 +55,10 @@ def train(
     start = run.restore(parts)
     with progress(description, steps, start=start) as show:
         for step in range(start, steps):
-            metrics = update(step)
+            try:
+                metrics = update(step)
+            except NonFiniteError as error:
+                raise _stopped(run, error) from None
             done = step + 1
             logs, saves = done % log_every == 0, done % checkpoint_every == 0
             if logs or saves or done == steps:
@@ -72,18 +75,16 @@ def _finite(run: Run, step: int, metrics: Metrics) -> dict[str, float]:
     values = {name: float(value) for name, value in metrics.items()}
     for name, value in values.items():
         if not math.isfinite(value):
-            raise non_finite(run, step, name, value)
+            raise _stopped(run, NonFiniteError(f"{name} is {value} at step {step}"))
     return values
 
 
-def non_finite(run: Run | None, step: int, term: str, value: float) -> NonFiniteError:
-    """The error for a term that is NaN or infinite at a step."""
-    good = newest_checkpoint(run.directory / "checkpoints") if run is not None else None
+def _stopped(run: Run, error: NonFiniteError) -> NonFiniteError:
+    """The error with what is left of the run and what to do."""
+    good = newest_checkpoint(run.directory / "checkpoints")
     return NonFiniteError(
-        f"{term} is {value} at step {step}; stopped, and nothing of it is kept. The last good"
-        f" checkpoint is {good or 'none'}. Lower the learning rate or beta, or look for bad "
-        f"values in"
-        " the data or the reward"
+        f"{error}; stopped, and nothing of it is kept. The last good checkpoint is"
+        f" {good or 'none'}. Lower the learning rate or beta, or look for bad values in the data or the reward"
     )
 
 

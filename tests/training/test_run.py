@@ -113,3 +113,17 @@ def test_a_line_cut_by_a_kill_is_dropped(tmp_path):
 def test_a_number_that_is_not_finite_stops_naming_step_term_and_last_good(tmp_path):
     with pytest.raises(NonFiniteError, match=r"walk/place is nan at step 29.*step_00000020"):
         run_walk(tmp_path, Walk(bad_at=29))
+
+
+def test_an_update_that_stops_itself_names_the_last_good_checkpoint_too(tmp_path):
+    walk = Walk()
+    update = walk.update
+
+    def failing(step):
+        if step == 25:
+            raise NonFiniteError("log_reward is nan at step 25")
+        return update(step)
+
+    walk.update = failing
+    with pytest.raises(NonFiniteError, match=r"log_reward is nan at step 25.*step_00000020"):
+        run_walk(tmp_path, walk)
