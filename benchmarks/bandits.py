@@ -103,12 +103,11 @@ def fit(
 ) -> ActionDiffusion:
     """Prior, then posterior, as the main job fits them."""
     out = settings.out / f"{name}-{seed}"
-    scale = 0.15 if settings.fast else 1.0
     network = ActionNetwork(levels=10 if settings.fast else levels, width=64)
-    pretrain = PretrainSettings(steps=int(8000 * scale), batch=512)
+    pretrain = PretrainSettings(steps=1200 if settings.fast else 8000, batch=512)
     prior = fit_prior(out / "prior", data, pretrain, network, seed=seed)
     finetune = FinetuneSettings(
-        updates=int(2000 * scale),
+        updates=300 if settings.fast else 4000,
         beta=BETA,
         beta_warmup=50,
         conditions=32,

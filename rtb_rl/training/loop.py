@@ -84,7 +84,8 @@ def _stopped(run: Run, error: NonFiniteError) -> NonFiniteError:
     good = newest_checkpoint(run.directory / "checkpoints")
     return NonFiniteError(
         f"{error}; stopped, and nothing of it is kept. The last good checkpoint is"
-        f" {good or 'none'}. Lower the learning rate or beta, or look for bad values in the data or the reward"
+        f" {good or 'none'}. Lower the learning rate or beta, or look for bad values in the data"
+        " or the reward"
     )
 
 
