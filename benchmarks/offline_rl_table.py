@@ -41,6 +41,7 @@ def rows_of(directory: Path) -> list[dict[str, Any]]:
         raise InputError(f"{directory} has no results.json; finish that run first")
     results = json.loads(path.read_text())
     summary = results["dataset"]["summary"]
+    posterior = json.loads((directory / "posterior" / "config.json").read_text())["posterior"]
     shared = {
         "dataset": results["dataset"]["dataset"],
         "data_sha256": results["dataset"]["data_sha256"],
@@ -48,6 +49,7 @@ def rows_of(directory: Path) -> list[dict[str, Any]]:
         "env_id": results["dataset"]["env_id"],
         "reference_returns": results["dataset"]["reference_returns"],
         "seed": results["manifest"]["seed"],
+        "beta": posterior["finetune"]["beta"],
         "commit": results["manifest"]["commit"],
         "versions": results["versions"],
         "timings": results["timings"],
@@ -62,7 +64,7 @@ def rows_of(directory: Path) -> list[dict[str, Any]]:
 def table(rows: Rows) -> str:
     """Markdown: normalised scores by data set and method, with intervals over all episodes."""
     by_case = _grouped(rows)
-    head = ["data", "seeds", "data mean", *METHODS, "ESS", "log Z - ELBO"]
+    head = ["data, beta", "seeds", "data mean", *METHODS, "ESS", "log Z - ELBO"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for dataset, methods in by_case.items():
         posterior = methods["rtb"]
@@ -93,7 +95,7 @@ def _scores(row: Mapping[str, Any]) -> np.ndarray:
 def _grouped(rows: Rows) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
     grouped: dict[str, dict[str, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        grouped[row["dataset"]][row["method"]].append(row)
+        grouped[f"{row['dataset']}, {row['beta']:g}"][row["method"]].append(row)
     return {dataset: dict(methods) for dataset, methods in sorted(grouped.items())}
 
 
