@@ -11,6 +11,9 @@ the first policy that reaches a third of the best return (early ... medium) and 
 package itself only reads the selected file.
 """
 
+# pyright: reportMissingImports=false
+# stable-baselines3 comes with the extra `benchmarks` alone
+
 import json
 from dataclasses import dataclass
 from pathlib import Path
