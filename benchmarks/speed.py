@@ -164,7 +164,7 @@ def matrix_row(repeats: int) -> Iterator[tuple[str, float, float | None]]:
 
 
 def print_memory(levels: int) -> None:
-    finetuner = finetuner_of(levels, Mix(on_policy=3, data=1), 256)
+    finetuner = finetuner_of(levels, Mix(on_policy=3, data=1), TRAJECTORIES // 4)
     for step in range(3):
         finetuner.update(step)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
