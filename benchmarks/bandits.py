@@ -104,10 +104,10 @@ def fit(
     """Prior, then posterior, as the main job fits them."""
     out = settings.out / f"{name}-{seed}"
     network = ActionNetwork(levels=10 if settings.fast else levels, width=64)
-    pretrain = PretrainSettings(steps=1200 if settings.fast else 8000, batch=512)
+    pretrain = PretrainSettings(steps=1200 if settings.fast else 6000, batch=512)
     prior = fit_prior(out / "prior", data, pretrain, network, seed=seed)
     finetune = FinetuneSettings(
-        updates=300 if settings.fast else 4000,
+        updates=300 if settings.fast else 1500,
         beta=BETA,
         beta_warmup=50,
         conditions=32,
@@ -142,7 +142,7 @@ def mixture_errors(settings: Settings, seed: int) -> Iterator[tuple[str, float, 
     """(case, total variation, bound) of the mode weights in both contexts."""
     generator = torch.Generator().manual_seed(seed)
     data = mixture_data(100_000, generator)
-    posterior = fit(settings, "mixture", data, ModeCritic(), seed, levels=60)
+    posterior = fit(settings, "mixture", data, ModeCritic(), seed, levels=120)
     for context, values in ((1.0, MODE_VALUES), (-1.0, MODE_VALUES.flip(0))):
         draws = posterior.sampler.sample(torch.tensor([[context]]), 100_000, generator=generator)
         modes = (draws[0] - CENTRES).abs().argmin(1)
