@@ -47,6 +47,17 @@ def count(condition: Condition) -> int | None:
     return rows.shape[0]
 
 
+def check_rows(condition: Condition, rows: int) -> None:
+    """ValueError unless every tensor of the condition has this many rows."""
+    tensors = condition if isinstance(condition, dict) else {"condition": condition}
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape[0] != rows:
+            raise ValueError(
+                f"{name!r} has {tensor.shape[0]} rows for {rows} paths; give one row a path, or"
+                " repeat the rows with conditions.repeat"
+            )
+
+
 def interleave(parts: Sequence[Condition], rows: int) -> Condition:
     """Blocks of neighbours merged: parts[i] holds `rows` blocks, and so does the result.
 

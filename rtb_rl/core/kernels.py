@@ -1,10 +1,12 @@
 """Laws of one denoising step that draw and score from the same numbers."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Generator, Tensor
+
+from rtb_rl.core.reveals import RevealLaw
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,97 @@ class GaussianKernel:
         shift = (mean - reference) * (x - (mean + reference) / 2) / wide.square()
         spread = ((x - mean) / std).square() * excess / 2 - torch.log1p(excess) / 2
         return (shift + spread).flatten(1).sum(1)
+
+    def widened(self, factor: float) -> "GaussianKernel":
+        """`factor` times the spread."""
+        return GaussianKernel(self.mean, self.std * factor)
+
+
+@dataclass(frozen=True)
+class UnmaskingKernel:
+    """Reveals some of the masked tokens of `x`; the law of each depends on nothing but `log_probs`.
+
+    `log_probs`: [batch, length, V], normalised over V, -inf allowed, none for the mask; `x`: int64
+    [batch, length] at `level` [batch]. `reveals` says which positions, `shift` [batch, length] how
+    a denoiser changes the log-odds of that.
+    """
+
+    log_probs: Tensor
+    x: Tensor
+    level: Tensor
+    mask: int
+    reveals: RevealLaw
+    shift: Tensor | None = None
+
+    @torch.no_grad()
+    def sample(self, *, generator: Generator) -> Tensor:
+        """One draw a row, without graph. ValueError where the mask itself is drawn."""
+        masked = self.x == self.mask
+        revealed = self.reveals.draw(masked, self.level, self.shift, generator=generator)
+        tokens = exponential_race(self.log_probs[revealed], generator=generator)
+        if bool((tokens == self.mask).any()):
+            raise ValueError(
+                f"token {self.mask}, the mask, was drawn for a revealed position; a denoiser must"
+                " give it no probability: wrap a network of logits in TokenLogits"
+            )
+        x = self.x.clone()
+        x[revealed] = tokens
+        return x
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p(x), nats: [batch]; -inf where a token that was not masked has changed."""
+        masked = self.x == self.mask
+        revealed = masked & (x != self.mask)
+        tokens = token_log_probs(self.log_probs, x, revealed).sum(1)
+        total = tokens + self._log_reveal(revealed, masked).to(tokens.dtype)
+        return total.masked_fill(~((x == self.x) | masked).all(1), -torch.inf)
+
+    def log_ratio(self, other: "UnmaskingKernel", x: Tensor) -> Tensor:
+        """log p_self(x) - log p_other(x), nats: [batch], for an x that can follow.
+
+        Only the positions revealed in this step count, one term each. Their choice has one law for
+        both and cancels, unless a denoiser shifts it. NaN where a revealed token is impossible
+        under both.
+        """
+        masked = self.x == self.mask
+        revealed = masked & (x != self.mask)
+        terms = token_log_probs(self.log_probs, x, revealed)
+        ratio = (terms - token_log_probs(other.log_probs, x, revealed)).sum(1)
+        if self.shift is None and other.shift is None:
+            return ratio
+        shifted = self._log_reveal(revealed, masked) - other._log_reveal(revealed, masked)
+        return ratio + shifted.to(ratio.dtype)
+
+    def widened(self, factor: float) -> "UnmaskingKernel":
+        """`factor` times the temperature of the tokens; positions are revealed as before."""
+        return replace(self, log_probs=(self.log_probs / factor).log_softmax(-1))
+
+    def _log_reveal(self, revealed: Tensor, masked: Tensor) -> Tensor:
+        return self.reveals.log_prob(revealed, masked, self.level, self.shift)
+
+
+def token_log_probs(log_probs: Tensor, tokens: Tensor, chosen: Tensor) -> Tensor:
+    """The log-probability of each token where `chosen`, zero elsewhere: [batch, length].
+
+    Float32 or better. Gathered before any arithmetic, so that -inf at tokens not taken reaches
+    neither value nor gradient.
+    """
+    index = torch.where(chosen, tokens, 0).unsqueeze(-1)
+    (taken,) = _at_least_float32(log_probs.gather(-1, index).squeeze(-1))
+    return torch.where(chosen, taken, 0.0)
+
+
+def exponential_race(log_probs: Tensor, *, generator: Generator) -> Tensor:
+    """Draws of the tokens of `log_probs` [n, V]: int64 [n].
+
+    The first arrival of exponentials with rates p, as argmax of log p - log E in float64: a uniform
+    number in float32 is a multiple of 6e-8, so that rarer tokens would be drawn too often or never.
+    """
+    uniform = torch.rand(
+        log_probs.shape, generator=generator, device=log_probs.device, dtype=torch.float64
+    )
+    arrival = uniform.clamp_(min=2.0**-54).neg_().log1p_().neg_()  # never 0, whose log is -inf
+    return (log_probs - arrival.log_()).argmax(-1)
 
 
 def _at_least_float32(*tensors: Tensor) -> list[Tensor]:

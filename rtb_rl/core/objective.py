@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor
 
-from rtb_rl.core.protocols import Denoiser, Diffusion
+from rtb_rl.core.protocols import Denoiser, Diffusion, Objective
 from rtb_rl.core.trajectory import Trajectory, steps_in_chunks
 
 Penalty = Callable[[Tensor], Tensor]
@@ -79,9 +79,35 @@ def backward_in_chunks(
         (weight[path] * kernel.log_prob(x_before)).sum().backward()
 
 
+def rtb(penalty: Penalty = square) -> Objective:
+    """Relative trajectory balance as an objective for fine-tuning."""
+
+    def objective(log_z: Tensor, log_ratio: Tensor, log_reward: Tensor, beta: float) -> Tensor:
+        return rtb_loss(residual(log_z, log_weight(log_reward, log_ratio, beta)), penalty)
+
+    return objective
+
+
 def elbo(log_weight: Tensor) -> Tensor:
     """Mean log-weight of paths drawn from the posterior: at most log Z. Reduces the last axis."""
     return log_weight.mean(-1)
+
+
+def eubo(log_weight: Tensor) -> Tensor:
+    """Mean log-weight of paths drawn from the exact target: at least log Z. Reduces the last axis.
+
+    log Z plus KL(target paths | posterior paths). Exact target paths are prior paths reweighted by
+    r^beta; noised exact draws of the target are such paths where the prior reverses the noising.
+    """
+    return log_weight.mean(-1)
+
+
+def importance_eubo(log_weight: Tensor) -> Tensor:
+    """`eubo` from posterior paths with importance weights: an estimate, not a bound.
+
+    With few effective paths it is too low, since what the posterior misses is not seen.
+    """
+    return (log_weight.softmax(-1) * log_weight).sum(-1)
 
 
 def importance_log_z(log_weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -39,6 +39,12 @@ class Kernel(Protocol):
         """log p_self(x) - log p_other(x), nats: [batch]. Exactly zero for equal predictions."""
         ...
 
+    def widened(self, factor: float) -> Self:
+        """A flatter law to explore with: Gaussian, `factor` times the spread; tokens, `factor`
+        times the temperature.
+        """
+        ...
+
 
 class Diffusion(Protocol):
     """No network: the space, the grid of levels, noising, and how a prediction becomes a step."""
@@ -51,6 +57,13 @@ class Diffusion(Protocol):
     @property
     def event_shape(self) -> Sequence[int]:
         """Shape of one point, without the batch axis."""
+        ...
+
+    @property
+    def signal_left(self) -> float:
+        """Signal at level K. Above zero, x[0] depends on x[K], and a posterior that keeps the
+        prior's start law can't be exact.
+        """
         ...
 
     def start(self, batch: int, *, generator: Generator) -> Tensor:
@@ -88,3 +101,11 @@ class LogZ(Protocol):
     def start_at(self, log_weight: Tensor) -> None:
         """Called once, with the first batch of log-weights; a learned estimate starts there."""
         ...
+
+
+class Objective(Protocol):
+    """A loss, scalar, of [batch] numbers in nats; differentiable in `log_z` and `log_ratio`."""
+
+    def __call__(
+        self, log_z: Tensor, log_ratio: Tensor, log_reward: Tensor, beta: float
+    ) -> Tensor: ...

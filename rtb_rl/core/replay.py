@@ -8,12 +8,14 @@ from rtb_rl.core.protocols import Condition
 
 
 class SampleReplay:
-    """The last `capacity` final points with their conditions and log-rewards; drawn uniformly.
+    """The last `capacity` final points with their conditions and log-rewards.
 
-    A drawn point becomes a path by `noise_back`, so nothing about the path it came from is kept.
+    Drawn uniformly, or with probability proportional to r^tilt. A drawn point becomes a path by
+    `noise_back`, so nothing about the path it came from is kept.
     """
 
-    def __init__(self, capacity: int):
+    def __init__(self, capacity: int, *, tilt: float = 0.0):
+        self.tilt = tilt
         if capacity < 1:
             raise ValueError(f"capacity must be at least 1, not {capacity}")
         self.capacity = capacity
@@ -44,7 +46,13 @@ class SampleReplay:
         """`count` rows with replacement: final points, conditions, log-rewards."""
         if self.x0 is None or self.log_reward is None:
             raise ValueError("nothing has been added to the replay yet")
-        index = torch.randint(len(self.x0), (count,), generator=generator, device=self.x0.device)
+        device = self.x0.device
+        if self.tilt == 0:
+            index = torch.randint(len(self.x0), (count,), generator=generator, device=device)
+        else:
+            cumulative = (self.tilt * self.log_reward.double()).softmax(0).cumsum(0)
+            uniform = torch.rand(count, generator=generator, device=device, dtype=torch.float64)
+            index = torch.searchsorted(cumulative, uniform).clamp(max=len(self.x0) - 1)
         return self.x0[index], conditions.take(self.condition, index), self.log_reward[index]
 
     def state_dict(self) -> dict:

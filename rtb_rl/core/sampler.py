@@ -6,7 +6,9 @@ import torch
 from torch import Generator, Tensor
 
 from rtb_rl.core import conditions
-from rtb_rl.core.protocols import Condition, Denoiser, Diffusion
+from rtb_rl.core.objective import effective_sample_size, log_weight
+from rtb_rl.core.protocols import Condition, Denoiser, Diffusion, LogReward
+from rtb_rl.core.trajectory import rollout_against
 
 
 @dataclass(frozen=True)
@@ -30,3 +32,52 @@ class Sampler:
                 generator=generator
             )
         return x if rows is None else x.reshape(rows, n, *x.shape[1:])
+
+
+@dataclass(frozen=True)
+class ResampledSampler:
+    """Posterior draws corrected by importance resampling towards prior * r^beta.
+
+    For each draw `candidates` are drawn, weighed by r^beta p_prior / p_post of their paths, and one
+    is kept; the law of what is kept tends to the target as `candidates` grows.
+    """
+
+    diffusion: Diffusion
+    denoiser: Denoiser
+    prior: Denoiser
+    log_reward: LogReward
+    beta: float = 1.0
+    candidates: int = 8
+
+    @torch.no_grad()
+    def sample(self, condition: Condition, n: int, *, generator: Generator) -> Tensor:
+        """As `Sampler.sample`. ValueError where fewer than `n` candidates of a row are effective:
+        then resampling would only repeat a few.
+        """
+        rows = conditions.count(condition) or 1
+        drawn = n * self.candidates
+        each = conditions.repeat(condition, drawn)
+        paths, ratio = rollout_against(
+            self.diffusion, self.denoiser, self.prior, each, rows * drawn, generator=generator
+        )
+        weight = log_weight(self.log_reward(paths.x0, each), ratio, self.beta)
+        weight = weight.double().reshape(rows, drawn)
+        effective = float(effective_sample_size(weight).min()) * drawn
+        if n > 1 and effective < n:
+            raise ValueError(
+                f"only {effective:.1f} of {drawn} candidates are effective, fewer than the {n}"
+                " draws asked for; give more candidates, or train the posterior longer"
+            )
+        index = _systematic(weight.softmax(1), n, generator=generator)
+        event = paths.x0.shape[1:]
+        kept = paths.x0.reshape(rows, drawn, *event)[torch.arange(rows)[:, None], index]
+        return kept[0] if condition is None else kept
+
+
+def _systematic(weights: Tensor, n: int, *, generator: Generator) -> Tensor:
+    """`n` indices a row by systematic resampling, in random order: [rows, n]."""
+    rows, device = len(weights), weights.device
+    offset = torch.rand((rows, 1), generator=generator, device=device, dtype=weights.dtype)
+    points = (torch.arange(n, device=device) + offset) / n
+    index = torch.searchsorted(weights.cumsum(1), points).clamp(max=weights.shape[1] - 1)
+    return index.gather(1, torch.rand((rows, n), generator=generator, device=device).argsort(1))

@@ -1,4 +1,7 @@
-"""Signal and noise per level: x_k = signal[k] x_0 + noise[k] eps with signal^2 + noise^2 = 1."""
+"""Signal and noise per level: x_k = signal[k] x_0 + noise[k] eps with signal^2 + noise^2 = 1.
+
+For tokens the share that is not masked, per level.
+"""
 
 import math
 from dataclasses import dataclass
@@ -109,3 +112,58 @@ def zero_terminal_signal(schedule: Schedule) -> Schedule:
 
 def _from_signal_squared(squared: Tensor) -> Schedule:
     return Schedule(torch.cat([torch.ones(1, dtype=torch.float64), squared.sqrt()]))
+
+
+@dataclass(frozen=True)
+class MaskingSchedule:
+    """Share of the tokens kept (not masked) at levels 0..K, float64, strictly decreasing, 1 to 0.
+
+    No token is left at level K: a chain that keeps some has no start law in common with another.
+    """
+
+    kept: Tensor
+
+    def __post_init__(self):
+        kept = self.kept
+        if kept.ndim != 1 or len(kept) < 2 or kept.dtype != torch.float64:
+            raise ValueError(
+                "a masking schedule needs float64 shares at levels 0..K with K >= 1, not"
+                f" {kept.dtype} of shape {tuple(kept.shape)}"
+            )
+        if kept[0] != 1 or kept[-1] != 0 or not bool((kept.diff() < 0).all()):
+            raise ValueError(
+                "the share of kept tokens must start at 1 (level 0 is clean data), strictly"
+                f" decrease and end at 0 (level K is all mask); given: {kept.tolist()}"
+            )
+
+    @property
+    def levels(self) -> int:
+        return len(self.kept) - 1
+
+    @property
+    def reveal_probability(self) -> Tensor:
+        """rho_k = (kept[k - 1] - kept[k]) / (1 - kept[k]): [K + 1], index by level.
+
+        The probability that a token masked at level k is revealed in the step to k - 1; rho_1 = 1.
+        Entry 0 belongs to no step and is 0. arXiv 2406.07524.
+        """
+        revealed = (self.kept[:-1] - self.kept[1:]) / (1 - self.kept[1:])
+        return torch.cat([torch.zeros(1, dtype=torch.float64), revealed])
+
+
+def linear_masking(levels: int) -> MaskingSchedule:
+    """kept = 1 - k / K: each step reveals as many tokens on average, rho_k = 1 / k.
+
+    The log-linear schedule of arXiv 2310.16834 without its offset, which keeps some tokens at K.
+    """
+    return MaskingSchedule(1 - torch.linspace(0, 1, levels + 1, dtype=torch.float64))
+
+
+def cosine_masking(levels: int) -> MaskingSchedule:
+    """kept = 1 - cos((1 - k / K) pi / 2): few tokens in the first denoising steps, many in the
+    last, when they depend less on each other (arXiv 2202.04200 section 3.3).
+    """
+    time = torch.linspace(0, 1, levels + 1, dtype=torch.float64)
+    kept = 1 - ((1 - time) * math.pi / 2).cos()
+    kept[0] = 1  # exactly: cos(pi / 2) is 6e-17
+    return MaskingSchedule(kept)

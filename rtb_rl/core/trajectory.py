@@ -39,7 +39,11 @@ def rollout(
     *,
     generator: Generator,
 ) -> Trajectory:
-    """`batch` paths drawn from the denoiser's chain, from x[K] down to x[0]."""
+    """`batch` paths drawn from the denoiser's chain, from x[K] down to x[0].
+
+    ValueError for a condition of another number of rows.
+    """
+    conditions.check_rows(condition, batch)
     x = diffusion.start(batch, generator=generator)
     path = [x]
     for k in range(diffusion.levels, 0, -1):
@@ -57,19 +61,23 @@ def rollout_against(
     condition: Condition,
     batch: int,
     *,
+    widening: float = 1.0,
     generator: Generator,
 ) -> tuple[Trajectory, Tensor]:
     """Paths drawn from `denoiser`, and log p_denoiser - log p_other on each: [batch], nats.
 
-    The same draws as `rollout` for the same generator; the log-ratio comes in the same pass.
+    The same draws as `rollout` for the same generator; the log-ratio comes in the same pass. With
+    `widening` the paths are drawn from kernels so much wider, which explores; the log-ratio is that
+    of the denoisers all the same.
     """
+    conditions.check_rows(condition, batch)
     x = diffusion.start(batch, generator=generator)
     path, total = [x], None
     for k in range(diffusion.levels, 0, -1):
         level = _constant_level(k, x)
         kernel = diffusion.kernel(denoiser(x, level, condition), x, level)
         reference = diffusion.kernel(other(x, level, condition), x, level)
-        x = kernel.sample(generator=generator)
+        x = (kernel if widening == 1 else kernel.widened(widening)).sample(generator=generator)
         step = kernel.log_ratio(reference, x)
         total = step if total is None else total + step
         path.append(x)

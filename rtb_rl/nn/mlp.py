@@ -8,12 +8,13 @@ from torch.nn import functional
 
 
 class ResidualMLP(nn.Module):
-    """Layer-normalised residual network (x, level, condition) -> output shaped as x.
+    """Layer-normalised residual network (x, level, condition) -> [batch, output_size].
 
-    `x`: [batch, size]; `level`: int64 [batch], 1..levels; `condition`: [batch, condition_size] or
-    None when that size is 0. Each level is one learned row added to the first hidden layer, so
-    that embedding it costs a look-up. The condition is standardised by `condition_mean` and
-    `condition_std`, buffers that start at 0 and 1. The last layer starts at zero.
+    `output_size` is `size` unless given. `x`: [batch, size]; `level`: int64 [batch], 1..levels;
+    `condition`: [batch, condition_size] or None when that size is 0. Each level is one learned row
+    added to the first hidden layer, so that embedding it costs a look-up. The condition is
+    standardised by `condition_mean` and `condition_std`, buffers that start at 0 and 1. The last
+    layer starts at zero.
     """
 
     condition_mean: Tensor
@@ -27,6 +28,7 @@ class ResidualMLP(nn.Module):
         condition_size: int = 0,
         width: int = 256,
         blocks: int = 2,
+        output_size: int | None = None,
         generator: Generator,
     ):
         super().__init__()
@@ -39,7 +41,7 @@ class ResidualMLP(nn.Module):
         self.blocks = nn.ModuleList(
             linear(width, width, generator=generator) for _ in range(blocks)
         )
-        self.last = linear(width, size, generator=generator)
+        self.last = linear(width, output_size or size, generator=generator)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 

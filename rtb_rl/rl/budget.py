@@ -8,8 +8,8 @@ from typing import Literal
 from rtb_rl.errors import InputError
 from rtb_rl.rl.critic_training import CriticSettings, GaussianSettings
 from rtb_rl.rl.posterior import PosteriorSettings
-from rtb_rl.training.finetune import FinetuneSettings
 from rtb_rl.training.pretrain import PretrainSettings
+from rtb_rl.training.settings import FinetuneSettings
 
 BudgetName = Literal["smoke", "demo", "full"]
 

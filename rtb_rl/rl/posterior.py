@@ -7,7 +7,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from rtb_rl.core import ConditionalLogZ, GroupMeanLogZ, huber, square
+from rtb_rl.core import ConditionalLogZ, GroupMeanLogZ, huber, rtb
 from rtb_rl.errors import InputError
 from rtb_rl.nn import MLP, LangevinDenoiser, LearnedSpread
 from rtb_rl.rl.critic import Critic, check_critic
@@ -16,10 +16,12 @@ from rtb_rl.rl.prior import ActionDiffusion
 from rtb_rl.rl.stage import complete, data_facts, fingerprint
 from rtb_rl.rl.task import critic_gradient, offline_rl_task
 from rtb_rl.training.diagnostics import diagnose
-from rtb_rl.training.finetune import Finetuner, FinetuneSettings, LearnedLogZ
+from rtb_rl.training.finetune import Finetuner
 from rtb_rl.training.loop import train
+from rtb_rl.training.mix import LearnedLogZ
 from rtb_rl.training.run import Run
 from rtb_rl.training.seeding import generator_for
+from rtb_rl.training.settings import FinetuneSettings
 
 LOG_EVERY = 20
 CHECKPOINT_EVERY = 200
@@ -95,7 +97,7 @@ def fit_posterior(
             _log_z(data, settings, seed),
             settings.finetune,
             generator=generator_for(seed, "posterior", device=prior.device),
-            penalty=square if threshold is None else huber(threshold),
+            objective=rtb() if threshold is None else rtb(huber(threshold)),
             accelerator=Accelerator(),
         )
         seconds = train(

@@ -82,23 +82,6 @@ def _interval(bounds: Sequence[float] | None, digits: int) -> str:
     return "-" if bounds is None else f"{bounds[0]:.{digits}f} to {bounds[1]:.{digits}f}"
 
 
-def trust(diagnostics: Mapping[str, float]) -> str:
-    """What the diagnostics say about the posterior, in words."""
-    ess, gap = diagnostics["ess"], diagnostics["log_z"] - diagnostics["elbo"]
-    if ess > 0.5:
-        verdict = "close to prior * exp(beta Q); draws can be used as they are"
-    elif ess > 0.1:
-        verdict = "a fair approximation; importance resampling would correct it"
-    else:
-        verdict = "far from prior * exp(beta Q): train longer or lower beta"
-    return (
-        f"log Z between {diagnostics['elbo']:.3f} (lower bound) and {diagnostics['log_z']:.3f} +/-"
-        f" {diagnostics['log_z_standard_error']:.3f} (importance-weighted), a gap of {gap:.3f} "
-        f"nats;"
-        f" effective sample size {ess:.2f}; {verdict}"
-    )
-
-
 def draw_figure(
     path: Path,
     dataset: TransitionDataset,

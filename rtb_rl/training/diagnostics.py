@@ -1,18 +1,40 @@
 """How far a posterior is from the truth, by its own residuals."""
 
+from collections.abc import Mapping
+
 import torch
-from torch import Generator
+from torch import Generator, Tensor
 
 from rtb_rl.core import (
     Denoiser,
     conditions,
     effective_sample_size,
     elbo,
+    eubo,
+    importance_eubo,
     importance_log_z,
+    log_ratio,
     log_weight,
+    noise_back,
     rollout_against,
 )
+from rtb_rl.core.protocols import Condition
+from rtb_rl.training.scoring import score
 from rtb_rl.training.task import Task
+
+CHUNK = 16_384
+
+
+def posterior_bounds(weight: Tensor) -> dict[str, Tensor]:
+    """ELBO, importance-weighted log Z, estimated EUBO and ESS of log-weights [rows, paths] of
+    posterior paths, one row a condition; means over the rows.
+    """
+    return {
+        "elbo": elbo(weight).mean(),
+        "log_z_importance": importance_log_z(weight)[0].mean(),
+        "eubo_estimate": importance_eubo(weight).mean(),
+        "ess": effective_sample_size(weight).mean(),
+    }
 
 
 @torch.no_grad()
@@ -25,13 +47,16 @@ def diagnose(
     samples: int = 256,
     generator: Generator,
 ) -> dict[str, float]:
-    """ELBO, importance-weighted log Z with its standard error, effective sample size, residual std.
+    """Bounds of log Z and what they say: `samples` posterior paths for each of `rows` conditions.
 
-    Drawn from the posterior: `samples` paths for each of `rows` conditions. `elbo` <= `log_z` are
-    means over these conditions, in nats; `log_z_standard_error` is that of the paths, the
-    conditions taken as given. `ess` is the mean over conditions, between 1 / samples and 1.
-    `residual_std` is the spread of the log-weights about their condition's mean. `kl` is the path
-    KL from the prior, the mean log-ratio.
+    `elbo` <= `log_z` are means over these conditions, in nats; `log_z_standard_error` is that of
+    the paths, the conditions taken as given. `eubo` is an upper bound of log Z from exact draws of
+    the target, where the task has them (at beta 1) and its prior reverses the noising; else
+    `eubo_estimate` is taken from importance weights and is no bound. `ess` is the mean effective
+    sample size over conditions, between 1 / samples and 1. `residual_std` is the spread of the
+    log-weights about their condition's mean. `kl` is the path KL from the prior, the mean
+    log-ratio. `signal_left` is that of the diffusion. `floored` is the share of rewards that were
+    minus infinity.
     """
     condition, _ = task.draw_conditions(rows, generator=generator)
     rows = conditions.count(condition) or 1
@@ -39,15 +64,64 @@ def diagnose(
     paths, ratio = rollout_against(
         task.diffusion, posterior, task.prior, each, rows * samples, generator=generator
     )
-    weight = (
-        log_weight(task.log_reward(paths.x0, each), ratio, beta).reshape(rows, samples).double()
-    )
+    log_reward, floored = score(task, paths.x0, each)
+    weight = log_weight(log_reward, ratio, beta).reshape(rows, samples).double()
     log_z, error = importance_log_z(weight)
     return {
         "elbo": float(elbo(weight).mean()),
         "log_z": float(log_z.mean()),
         "log_z_standard_error": float(error.square().sum().sqrt() / rows),
+        **_upper(task, posterior, beta, condition, weight, generator=generator),
         "ess": float(effective_sample_size(weight).mean()),
         "residual_std": float(weight.var(1).mean().sqrt()),
         "kl": float(ratio.mean()),
+        "signal_left": float(task.diffusion.signal_left),
+        "floored": floored / (rows * samples),
     }
+
+
+def _upper(
+    task: Task,
+    posterior: Denoiser,
+    beta: float,
+    condition: Condition,
+    weight: Tensor,
+    *,
+    generator: Generator,
+) -> dict[str, float]:
+    """The EUBO from exact target draws where there are any, else its estimate."""
+    if task.draw_target is None or beta != 1:
+        return {"eubo_estimate": float(importance_eubo(weight).mean())}
+    rows, samples = weight.shape
+    each = conditions.repeat(condition, samples)
+    x0 = task.draw_target(condition, samples, generator=generator)
+    x0 = x0.reshape(rows * samples, *task.diffusion.event_shape)
+    paths = noise_back(task.diffusion, x0, each, generator=generator)
+    ratio = log_ratio(task.diffusion, posterior, task.prior, paths, chunk=CHUNK)
+    target = log_weight(score(task, x0, each)[0], ratio, beta).reshape(rows, samples)
+    error = target.double().std(1).square().sum().sqrt() / (rows * samples**0.5)
+    return {"eubo": float(eubo(target.double()).mean()), "eubo_standard_error": float(error)}
+
+
+def trust(diagnostics: Mapping[str, float]) -> str:
+    """What the diagnostics say about the posterior, in words."""
+    ess = diagnostics["ess"]
+    if ess > 0.5:
+        verdict = "close to prior * r^beta; draws can be used as they are"
+    elif ess > 0.1:
+        verdict = "a fair approximation; importance resampling would correct it"
+    else:
+        verdict = "far from prior * r^beta: train longer or lower beta"
+    if "eubo" in diagnostics:
+        upper = f"{diagnostics['eubo']:.3f} (upper bound, from exact draws of the target)"
+    else:
+        upper = f"{diagnostics['eubo_estimate']:.3f} (estimated from importance weights, no bound)"
+    left = diagnostics["signal_left"]
+    start = f"; signal {left:.3f} left at the last level, so it can't be exact" * (left > 0.05)
+    floored = diagnostics["floored"]
+    impossible = f"; {floored:.1%} of the draws have reward zero" * (floored > 0)
+    return (
+        f"log Z between {diagnostics['elbo']:.3f} (lower bound) and {upper},"
+        f" {diagnostics['log_z']:.3f} +/- {diagnostics['log_z_standard_error']:.3f} by importance"
+        f" weights; effective sample size {ess:.2f}; {verdict}{start}{impossible}"
+    )

@@ -16,6 +16,14 @@ class DrawConditions(Protocol):
     def __call__(self, n: int, *, generator: Generator) -> tuple[Condition, Tensor | None]: ...
 
 
+class DrawTarget(Protocol):
+    """Exact draws of prior * r^beta / Z, `n` a row: [rows, n, *event]; without condition [n,
+    *event].
+    """
+
+    def __call__(self, condition: Condition, n: int, *, generator: Generator) -> Tensor: ...
+
+
 def no_conditions(n: int, *, generator: Generator) -> tuple[Condition, Tensor | None]:
     """For a task without conditions and without data."""
     return None, None
@@ -28,10 +36,11 @@ def evaluate_nothing(posterior: Sampler) -> Mapping[str, float]:
 
 @dataclass(frozen=True)
 class Task:
-    """The seven things fine-tuning needs.
+    """The seven things fine-tuning needs, and exact draws of the target where there are any.
 
     `posterior` must start as the prior: a copy of it, or the same network behind an adapter that is
-    zero. `prior` is frozen here. `log_reward` is log r without beta.
+    zero. `prior` is frozen here. `log_reward` is log r without beta. `draw_target` draws from the
+    target at beta 1; diagnostics take their upper bound of log Z from it.
     """
 
     name: str
@@ -41,6 +50,7 @@ class Task:
     log_reward: LogReward
     draw_conditions: DrawConditions = no_conditions
     evaluate: Callable[[Sampler], Mapping[str, float]] = evaluate_nothing
+    draw_target: DrawTarget | None = None
 
     def __post_init__(self):
         self.prior.requires_grad_(False).eval()

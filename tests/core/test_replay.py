@@ -79,3 +79,14 @@ def test_refusals():
         SampleReplay(0)
     with pytest.raises(ValueError, match="nothing has been added"):
         SampleReplay(3).sample(1, generator=Generator())
+
+
+def test_a_tilted_replay_of_prior_draws_draws_from_the_target():
+    """x0 ~ N(0, 1) and log r = x: points in proportion to r are N(1, 1)."""
+    generator = Generator().manual_seed(0)
+    x0 = torch.randn((50_000, 1), generator=generator, dtype=torch.float64)
+    replay = SampleReplay(50_000, tilt=1.0)
+    replay.add(x0, None, x0[:, 0])
+    drawn = replay.sample(20_000, generator=generator)[0]
+    assert float(drawn.mean()) == pytest.approx(1.0, abs=0.03)
+    assert float(drawn.var()) == pytest.approx(1.0, abs=0.05)

@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import Generator
 
-from rtb_rl.core import GaussianDiffusion, Sampler, conditions, cosine_schedule, rollout
+from rtb_rl.core import (
+    GaussianDiffusion,
+    ResampledSampler,
+    Sampler,
+    Schedule,
+    conditions,
+    cosine_schedule,
+    rollout,
+)
 from rtb_rl.core.gaussian import small_spread
 
 SCHEDULE = cosine_schedule(6)
@@ -54,3 +62,41 @@ def test_draws_carry_no_graph():
         None, 3, generator=seeded()
     )
     assert not x.requires_grad
+
+
+ONE_STEP = GaussianDiffusion(
+    Schedule(torch.tensor([1.0, 0.0], dtype=torch.float64)),
+    (1,),
+    torch.ones(1),
+    dtype=torch.float64,
+)
+
+
+def at(value):
+    return lambda x, level, condition: torch.full_like(x, value)
+
+
+def test_resampled_draws_have_the_law_of_the_target_where_the_posterior_has_not():
+    """Prior N(0, 1) and log r = x: the target is N(1, 1); the posterior is off by a half."""
+    sampler = ResampledSampler(ONE_STEP, at(0.5), at(0.0), lambda x0, c: x0[:, 0], candidates=16)
+    kept = sampler.sample(None, 4000, generator=seeded())
+    assert kept.shape == (4000, 1)
+    assert float(kept.mean()) == pytest.approx(1.0, abs=0.05)
+    assert float(kept.var()) == pytest.approx(1.0, abs=0.1)
+    plain = Sampler(ONE_STEP, at(0.5)).sample(None, 4000, generator=seeded())
+    assert abs(float(plain.mean()) - 1.0) > 0.4
+
+
+def test_resampling_at_the_exact_posterior_repeats_nothing():
+    sampler = ResampledSampler(ONE_STEP, at(1.0), at(0.0), lambda x0, c: x0[:, 0], candidates=2)
+    kept = sampler.sample(ROWS, 50, generator=seeded())
+    assert kept.shape == (3, 50, 1)
+    assert all(len(row.unique()) == 50 for row in kept)
+
+
+def test_too_few_effective_candidates_are_refused():
+    sampler = ResampledSampler(
+        ONE_STEP, at(0.0), at(0.0), lambda x0, c: 50 * x0[:, 0], candidates=2
+    )
+    with pytest.raises(ValueError, match="of 200 candidates are effective, fewer than the 100"):
+        sampler.sample(None, 100, generator=seeded())

@@ -5,22 +5,12 @@ import math
 
 import pytest
 import torch
-from oracles import (
-    Chain,
-    chain_of,
-    denoiser_of,
-    gaussian_denoiser,
-    linear_reward,
-    squared_reward,
-    tilt,
-)
 from torch import Generator, Tensor, nn
 
 from rtb_rl.core import (
     Denoiser,
     GaussianDiffusion,
     ScalarLogZ,
-    ScaledPrediction,
     Schedule,
     Trajectory,
     backward_in_chunks,
@@ -38,6 +28,16 @@ from rtb_rl.core import (
 )
 from rtb_rl.core.gaussian import calibrated_spread, large_spread
 from rtb_rl.core.protocols import Condition
+from rtb_rl.tasks.toy import (
+    Chain,
+    GaussianDenoiser,
+    chain_of,
+    denoiser_of,
+    exact_posterior,
+    linear_reward,
+    squared_reward,
+    tilt,
+)
 
 
 def number(value: float) -> Tensor:
@@ -69,7 +69,7 @@ def test_frozen_numbers_of_the_published_chain(name: str):
     schedule = Schedule(torch.cat([ONE, (1 - beta).cumprod(0).sqrt()]))
     with pytest.warns(UserWarning) if scale == 1 else contextlib.nullcontext():
         diffusion = GaussianDiffusion(schedule, (1,), large_spread(schedule), dtype=torch.float64)
-    prior = gaussian_denoiser(schedule, ONE, number(0.25))
+    prior = GaussianDenoiser(schedule, ONE, number(0.25))
     chain = chain_of(diffusion, prior, last_level=1)
     tilted, value = tilt(chain, squared_reward(number(3.0), number(1.8)))
     spread = (value.curvature**2 / 2 + value.slope**2).sqrt()
@@ -84,7 +84,7 @@ def test_frozen_numbers_of_the_published_chain(name: str):
 
 MEMORYLESS = zero_terminal_signal(cosine_schedule(8))
 CHAIN = GaussianDiffusion(MEMORYLESS, (1,), large_spread(MEMORYLESS), dtype=torch.float64)
-PRIOR = gaussian_denoiser(MEMORYLESS, ONE, number(0.25))
+PRIOR = GaussianDenoiser(MEMORYLESS, ONE, number(0.25))
 REWARD = squared_reward(number(3.0), number(1.8))
 
 
@@ -124,12 +124,7 @@ def test_a_learned_spread_makes_a_concave_reward_exactly_realisable():
     """Residual 0 on any path once the steps may be narrower than the prior's; not without."""
     tilted, log_z = tilted_chain()
     mean = denoiser_of(CHAIN, tilted)
-    prior_std = chain_of(CHAIN, PRIOR).std
-    log_scale = (tilted.std / prior_std).log()
-
-    def narrowed(x: Tensor, level: Tensor, condition: Condition) -> ScaledPrediction:
-        return ScaledPrediction(mean(x, level, condition), log_scale[level - 1])
-
+    narrowed, _ = exact_posterior(CHAIN, PRIOR, REWARD)
     generator = Generator().manual_seed(0)
     anything = torch.randn((CHAIN.levels + 1, 20, 1), generator=generator, dtype=torch.float64)
     paths = [
@@ -231,7 +226,7 @@ def test_published_mistake_3_a_squash_jacobian_in_the_reward():
 
     A term sum log(1 - tanh^2 u) added to log r moves the mean action from 0.919 to 0.837.
     """
-    prior = gaussian_denoiser(MEMORYLESS, number(1.8), number(0.25))
+    prior = GaussianDenoiser(MEMORYLESS, number(1.8), number(0.25))
     generator = Generator().manual_seed(0)
     data = 1.8 + 0.5 * torch.randn((50_000, 1), generator=generator, dtype=torch.float64)
     exact = CHAIN.with_spread(calibrated_spread(CHAIN, prior, data, None, generator=generator))

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from oracles import FixedStart, chain_of, exact_posterior, gaussian_denoiser, linear_reward
 from torch import Generator, Tensor
 
 from rtb_rl.core import (
@@ -24,11 +23,26 @@ from rtb_rl.core import (
     zero_terminal_signal,
 )
 from rtb_rl.core.gaussian import large_spread, small_spread
+from rtb_rl.tasks.toy import (
+    GaussianDenoiser,
+    Quadratic,
+    chain_of,
+    denoiser_of,
+    linear_reward,
+    tilt,
+)
 
 SLOPE = torch.tensor([1.5, -2.0, 0.3], dtype=torch.float64)
 MEAN = torch.tensor([1.0, 0.0, -1.0], dtype=torch.float64)
 VARIANCE = torch.tensor([0.25, 1.0, 2.0], dtype=torch.float64)
 BATCH, BETA = 16, 2.0
+
+
+class FixedStart(GaussianDiffusion):
+    """A chain that starts at one point."""
+
+    def start(self, batch: int, *, generator: Generator) -> Tensor:
+        return torch.full((batch, *self.event_shape), 0.7, dtype=self.dtype)
 
 
 def memoryless(spread: str) -> GaussianDiffusion:
@@ -59,9 +73,17 @@ def seeded(seed: int = 0) -> Generator:
     return Generator().manual_seed(seed)
 
 
+def exact_posterior(
+    diffusion: GaussianDiffusion, prior: Denoiser, slope: Tensor
+) -> tuple[Denoiser, Quadratic]:
+    """The tilted chain for a linear reward, with the prior's spread, and log E[exp | x_K]."""
+    tilted, value = tilt(chain_of(diffusion, prior), linear_reward(slope))
+    return denoiser_of(diffusion, tilted), value
+
+
 def models(diffusion: GaussianDiffusion) -> tuple[Denoiser, Denoiser, Tensor]:
     """Prior, exact posterior for exp(BETA SLOPE . x0), and log Z."""
-    prior = gaussian_denoiser(Schedule(diffusion.signal.flatten()), MEAN, VARIANCE)
+    prior = GaussianDenoiser(Schedule(diffusion.signal.flatten()), MEAN, VARIANCE)
     posterior, value = exact_posterior(diffusion, prior, BETA * SLOPE)
     log_z = value(diffusion.start(1, generator=seeded(99)))
     return prior, posterior, log_z
@@ -142,7 +164,7 @@ def test_with_signal_left_no_scalar_log_z_is_right():
     schedule = Schedule(torch.tensor([1.0, 0.9, 0.8, 0.65, 0.5], dtype=torch.float64))
     with pytest.warns(UserWarning, match=r"signal 0\.500"):
         diffusion = GaussianDiffusion(schedule, (3,), large_spread(schedule), dtype=torch.float64)
-    prior = gaussian_denoiser(schedule, MEAN, VARIANCE)
+    prior = GaussianDenoiser(schedule, MEAN, VARIANCE)
     posterior, value = exact_posterior(diffusion, prior, BETA * SLOPE)
     path, ratio = rollout_against(diffusion, posterior, prior, None, BATCH, generator=seeded())
     weight = log_weight(linear_reward(SLOPE)(path.x0), ratio, BETA)

@@ -1,6 +1,7 @@
 """The RTB loop: where paths come from, what is shared within a group, what gets a gradient."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from rtb_rl.core import (
     GaussianDiffusion,
     GroupMeanLogZ,
     ScalarLogZ,
+    Schedule,
     VelocityPrediction,
     log_snr_schedule,
     zero_terminal_signal,
@@ -19,7 +21,8 @@ from rtb_rl.core import (
 from rtb_rl.core.gaussian import large_spread
 from rtb_rl.errors import InputError, NonFiniteError
 from rtb_rl.nn import MLP, LearnedSpread, ResidualMLP
-from rtb_rl.training import Finetuner, FinetuneSettings, Mix, Run, Task, diagnose, train
+from rtb_rl.training import Finetuner, FinetuneSettings, Mix, Run, Task, diagnose, train, trust
+from rtb_rl.training.paths import merge
 
 LEVELS = 6
 SCHEDULE = zero_terminal_signal(log_snr_schedule(LEVELS))
@@ -88,7 +91,7 @@ def test_first_residual_is_log_z_minus_beta_log_r():
 
 def test_paths_of_a_condition_are_neighbours_with_their_own_endpoints():
     finetuner = make_finetuner(make_task(), mix=Mix(on_policy=2, prior=2, data=1))
-    paths, ratio, log_reward = finetuner._draw_paths()
+    paths, ratio, log_reward = merge(finetuner.paths.draw(), 8)
     groups = paths.condition.reshape(8, 5)
     assert (groups == groups[:, :1]).all() and len(groups[:, 0].unique()) == 8
     endpoints = paths.x0.reshape(8, 5, 2)
@@ -115,7 +118,7 @@ def test_mistake_2_off_policy_paths_carry_the_reward():
     [
         (Mix(on_policy=0, data=0), ScalarLogZ(), "at least one path"),
         (Mix(on_policy=-1, data=1), ScalarLogZ(), "no negative"),
-        (Mix(on_policy=0, prior=1, data=0, replay=1), ScalarLogZ(), "on_policy to 1"),
+        (Mix(on_policy=0, prior=0, data=1, replay=1), ScalarLogZ(), "set mix.on_policy"),
         (Mix(on_policy=2, data=0, replay=1), GroupMeanLogZ(3), "learned log Z"),
         (Mix(on_policy=3, data=0), GroupMeanLogZ(2), "don't divide"),
     ],
@@ -136,7 +139,7 @@ def test_replayed_points_keep_their_condition_and_reward():
     finetuner = make_finetuner(task, mix=Mix(on_policy=1, data=0, replay=2))
     for step in range(3):
         finetuner.update(step)
-    paths, _, log_reward = finetuner._draw_paths()
+    paths, _, log_reward = merge(finetuner.paths.draw(), 8)
     assert paths.x.shape[1] == 8 * 3
     assert torch.allclose(log_reward, paths.x0.sum(1) + 10 * paths.condition[:, 0])
     replayed = paths.condition.reshape(8, 3)[:, 1:]
@@ -164,8 +167,9 @@ def test_a_reward_of_minus_infinity_is_floored_and_nan_stops():
     task = make_task(lambda x0, c: torch.where(x0[:, 0] > 0, 0.0, -math.inf))
     metrics = make_finetuner(task, log_reward_floor=-50.0).update(0)
     assert -50 < float(metrics["rtb/log_reward"]) < 0
+    assert metrics["rtb/floored"] == round(-float(metrics["rtb/log_reward"]) * 64 / 50)
     task = make_task(lambda x0, c: x0.sum(1) / 0 * 0)
-    with pytest.raises(NonFiniteError, match="log_reward is nan at step 0"):
+    with pytest.raises(NonFiniteError, match="is nan at point 0"):
         make_finetuner(task).update(0)
 
 
@@ -211,6 +215,98 @@ def test_resumed_training_is_bit_equal(tmp_path, mix):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     metrics = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "cut")]
     assert metrics[0] == metrics[1]
+
+
+@pytest.mark.parametrize(
+    ("log_reward", "error", "words"),
+    [
+        (lambda x0, c: x0, InputError, r"returned \(56, 2\) for 56 points.*shape \(56,\)"),
+        (lambda x0, c: 1.0, InputError, "float.* for 56 points"),
+        (lambda x0, c: x0[:, 0] + math.inf, NonFiniteError, r"inf at point 0.*return finite log r"),
+    ],
+)
+def test_a_reward_of_the_wrong_shape_or_value_is_one_clear_error(log_reward, error, words):
+    with pytest.raises(error, match=words):
+        make_finetuner(make_task(log_reward)).update(0)
+
+
+def test_conditions_of_another_length_are_one_clear_error():
+    task = make_task()
+    wrong = dataclasses.replace(
+        task, draw_conditions=lambda n, *, generator: (torch.zeros(n + 1, 1), torch.zeros(n, 2))
+    )
+    with pytest.raises(InputError, match="returned 9 conditions where 8 were asked for"):
+        make_finetuner(wrong).update(0)
+
+
+def test_widened_paths_are_wider_and_scored_by_the_unwidened_posterior():
+    finetuner = make_finetuner(
+        make_task(), mix=Mix(on_policy=1, widened=1, data=0), widening=3.0, conditions=2000
+    )
+    (on_policy, ratio, _), (widened, wide_ratio, _) = finetuner.paths.draw()
+    assert widened.x0.std() > 1.5 * on_policy.x0.std()
+    assert not ratio.any() and not wide_ratio.any()  # the posterior starts at the prior
+
+
+def test_the_bounds_of_on_policy_paths_are_logged():
+    task = make_task(lambda x0, c: torch.full((len(x0),), 0.25))
+    metrics = make_finetuner(task, beta=2.0).update(0)
+    for name in ("elbo", "log_z_importance", "eubo_estimate"):
+        assert float(metrics[f"rtb/{name}"]) == pytest.approx(0.5)
+    assert float(metrics["rtb/ess"]) == pytest.approx(1.0)
+
+
+def one_step_task(draw_target=None):
+    """Prior N(0, 1), log r = x: log Z = 1/2, target N(1, 1). The posterior is N(0.4, 1)."""
+    diffusion = GaussianDiffusion(
+        Schedule(torch.tensor([1.0, 0.0], dtype=torch.float64)),
+        (1,),
+        torch.ones(1),
+        dtype=torch.float64,
+    )
+
+    class At(nn.Module):
+        def __init__(self, value):
+            super().__init__()
+            self.value = value
+
+        def forward(self, x, level, condition):
+            return torch.full_like(x, self.value)
+
+    return Task(
+        "one step", diffusion, At(0.0), At(0.4), lambda x0, c: x0[:, 0], draw_target=draw_target
+    )
+
+
+def test_diagnostics_against_closed_forms():
+    """KL(N(0.4, 1) | N(1, 1)) = 0.18 on either side of log Z = 1/2."""
+
+    def draw_target(condition, n, *, generator):
+        return 1 + torch.randn((n, 1), generator=generator, dtype=torch.float64)
+
+    task = one_step_task(draw_target)
+    found = diagnose(
+        task, task.posterior, 1.0, samples=40_000, generator=torch.Generator().manual_seed(0)
+    )
+    assert found["elbo"] == pytest.approx(0.5 - 0.18, abs=0.01)
+    assert found["eubo"] == pytest.approx(0.5 + 0.18, abs=0.01)
+    assert found["eubo_standard_error"] == pytest.approx(0.6 / 200, rel=0.05)
+    assert abs(found["log_z"] - 0.5) < 4 * found["log_z_standard_error"]
+    assert found["ess"] == pytest.approx(math.exp(-0.36), abs=0.02)
+    assert found["residual_std"] == pytest.approx(0.6, abs=0.01)
+    words = trust(found)
+    assert "log Z between 0.3" in words and "upper bound" in words
+    assert "effective sample size 0.7" in words and "close to" in words
+
+
+def test_without_exact_draws_the_upper_value_is_called_an_estimate():
+    task = one_step_task()
+    found = diagnose(
+        task, task.posterior, 1.0, samples=40_000, generator=torch.Generator().manual_seed(0)
+    )
+    assert "eubo" not in found
+    assert found["eubo_estimate"] == pytest.approx(0.68, abs=0.02)
+    assert "no bound" in trust(found)
 
 
 def test_diagnostics_of_the_prior_under_a_constant_reward_are_exact():

@@ -1,0 +1,185 @@
+"""Masked (absorbing) diffusion on sequences of tokens."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor, nn
+
+from rtb_rl.core.kernels import UnmaskingKernel, token_log_probs
+from rtb_rl.core.protocols import Condition, Denoiser
+from rtb_rl.core.reveals import RevealLaw
+
+
+class RevealPrediction(NamedTuple):
+    """Log-probabilities [batch, length, V], and what to add to the log-odds that a position is
+    revealed, [batch, length].
+
+    What a denoiser returns that learns when to reveal. The exact posterior of several tokens a step
+    prefers to reveal some positions early; where the prior's predictions contradict each other, a
+    shared schedule leaves an error that more levels don't remove.
+    """
+
+    log_probs: Tensor
+    reveal_shift: Tensor
+
+
+class MaskedDiffusion(nn.Module):
+    """Tokens that are masked one by one until all are, and revealed again by the denoiser.
+
+    `mask` is the id of the absorbing token; it may be V, one beyond the tokens that a denoiser
+    gives probability to. A denoiser returns log-probabilities [batch, length, V] of the clean token
+    at every position, of which those at masked positions count, or a RevealPrediction. `reveals`
+    says which positions each step reveals; noising is the same chain backwards. x is int64 [batch,
+    length]. Without parameters. arXiv 2406.07524 (MDLM), 2310.16834 (SEDD).
+    """
+
+    signal_left = 0.0
+
+    def __init__(self, length: int, mask: int, reveals: RevealLaw):
+        super().__init__()
+        if reveals.length != length:
+            raise ValueError(
+                f"reveals are for {reveals.length} positions, the diffusion has {length}; build"
+                " both with one length"
+            )
+        self.length, self.mask, self.reveals = length, mask, reveals
+        self.event_shape = (length,)
+        self.levels = reveals.levels
+
+    def start(self, batch: int, *, generator: Generator) -> Tensor:
+        """x[K], all mask: int64 [batch, length], on the generator's device."""
+        shape = (batch, self.length)
+        return torch.full(shape, self.mask, dtype=torch.int64, device=generator.device)
+
+    def kernel(
+        self, prediction: Tensor | RevealPrediction, x: Tensor, level: Tensor
+    ) -> UnmaskingKernel:
+        """The law of x[level - 1] given x and the predicted tokens; `level` [batch] in 1..K."""
+        log_probs, shift = _parts(prediction)
+        self._check(x)
+        _check_prediction(log_probs, shift, x)
+        return UnmaskingKernel(log_probs, x, level, self.mask, self.reveals, shift)
+
+    def corrupt(self, x0: Tensor, level: Tensor, *, generator: Generator) -> Tensor:
+        """x[level] given x[0]; one level a row, 0..K. ValueError for a masked x[0]."""
+        return self._masked_until(self._times(x0, generator), x0, level.unsqueeze(1))
+
+    def noise_path(self, x0: Tensor, *, generator: Generator) -> Tensor:
+        """x[0..K] given x[0]: [K + 1, batch, length]. ValueError for a masked x[0].
+
+        Every path that can end in x[0], with the probability that the reveals alone give it.
+        """
+        levels = torch.arange(self.levels + 1, device=x0.device).reshape(-1, 1, 1)
+        return self._masked_until(self._times(x0, generator), x0, levels)
+
+    def denoising_loss(
+        self, prediction: Tensor | RevealPrediction, x0: Tensor, x: Tensor, level: Tensor
+    ) -> Tensor:
+        """K sum_i P(i is revealed in this step) (-log p(x0_i)) / length, nats: [batch].
+
+        Its mean over levels drawn uniformly and x = corrupt(x0) is the negative evidence lower
+        bound a token. Of a RevealPrediction only the tokens count: noising is the chain without a
+        shift, so that zero is the best shift of a prior.
+        """
+        log_probs, shift = _parts(prediction)
+        self._check(x0)
+        self._check(x)
+        _check_prediction(log_probs, shift, x)
+        probability = self.reveals.probability(x == self.mask, level)
+        surprise = -token_log_probs(log_probs, x0, probability > 0)
+        each = probability.to(surprise.dtype) * surprise
+        return each.sum(1) * (self.levels / self.length)
+
+    def _times(self, x0: Tensor, generator: Generator) -> Tensor:
+        self._check(x0)
+        if bool((x0 == self.mask).any()):
+            raise ValueError(
+                f"clean data holds token {self.mask}, the mask, {int((x0 == self.mask).sum())}"
+                " times; a mask is no data: give it an id of its own, or drop those rows"
+            )
+        return self.reveals.times(len(x0), generator=generator)
+
+    def _masked_until(self, times: Tensor, x0: Tensor, level: Tensor) -> Tensor:
+        return torch.where(times <= level, self.mask, x0)
+
+    def _check(self, x: Tensor) -> None:
+        if x.dtype != torch.int64 or x.ndim != 2 or x.shape[1] != self.length:
+            raise ValueError(
+                f"tokens must be int64 [batch, {self.length}], not {x.dtype} {list(x.shape)};"
+                " convert ids with .long(), and build the diffusion for the length of the data"
+            )
+
+
+class TokenLogits(nn.Module):
+    """A network that returns logits [batch, length, V], seen as a Denoiser of masked diffusion.
+
+    The mask gets no probability (where it is among the V tokens); the rest is normalised, in
+    float32 or better.
+    """
+
+    def __init__(self, network: Denoiser, mask: int):
+        super().__init__()
+        self.network, self.mask = network, mask
+
+    def forward(self, x: Tensor, level: Tensor, condition: Condition) -> Tensor:
+        logits = self.network(x, level, condition)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        is_mask = torch.arange(logits.shape[-1], device=logits.device) == self.mask
+        return logits.masked_fill(is_mask, -torch.inf).log_softmax(-1)
+
+
+class Infilling(nn.Module):
+    """A Denoiser of the free tokens of a sequence; the rest of it is context and never enters x.
+
+    Context is therefore never masked and never counted. The condition is a dict with at least
+
+        tokens  int64 [batch, sequence], anything at the free positions
+        free    int64 [batch, length], their places in the sequence, -1 for an unused slot
+
+    so that rows may have different free positions, and fewer than `length`. The network sees the
+    sequence with x written into it, and the whole condition; it returns log-probabilities
+    [batch, sequence, V]. An unused slot is token 0 with certainty (also in x0 made from data), so
+    it adds nothing to any log-ratio.
+    """
+
+    def __init__(self, network: Denoiser):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, level: Tensor, condition: Condition) -> Tensor:
+        if not isinstance(condition, dict) or not {"tokens", "free"} <= condition.keys():
+            given = sorted(condition) if isinstance(condition, dict) else type(condition).__name__
+            raise ValueError(f"infilling needs a condition with 'tokens' and 'free', not {given}")
+        tokens, free = condition["tokens"], condition["free"]
+        if free.shape != x.shape:
+            raise ValueError(
+                f"'free' has shape {list(free.shape)}, x {list(x.shape)}: give each slot of x its"
+                " place in the sequence, -1 where it is unused"
+            )
+        used, end = free >= 0, tokens.shape[1]
+        place = torch.where(used, free, end)  # unused slots are written beyond the end
+        sequence = torch.cat([tokens, torch.zeros_like(tokens[:, :1])], 1).scatter(1, place, x)
+        log_probs = self.network(sequence[:, :end], level, condition)
+        _check_prediction(log_probs, None, tokens)
+        rows = torch.arange(len(x), device=x.device).unsqueeze(1)
+        certain = torch.full_like(log_probs[0, 0], -torch.inf)
+        certain[0] = 0
+        return torch.where(used.unsqueeze(-1), log_probs[rows, free.clamp(min=0)], certain)
+
+
+def _parts(prediction: Tensor | RevealPrediction) -> tuple[Tensor, Tensor | None]:
+    return prediction if isinstance(prediction, RevealPrediction) else (prediction, None)
+
+
+def _check_prediction(log_probs: Tensor, shift: Tensor | None, x: Tensor) -> None:
+    if log_probs.ndim != 3 or log_probs.shape[:2] != x.shape or not log_probs.is_floating_point():
+        raise ValueError(
+            f"log-probabilities {log_probs.dtype} {list(log_probs.shape)} don't fit tokens"
+            f" {list(x.shape)}: a denoiser returns floats [batch, length, vocabulary] for every"
+            " position it is given; wrap one of longer sequences in Infilling"
+        )
+    if shift is not None and shift.shape != x.shape:
+        raise ValueError(
+            f"a reveal shift {list(shift.shape)} doesn't fit tokens {list(x.shape)}: give one"
+            " number a position"
+        )

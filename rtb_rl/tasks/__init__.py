@@ -1,0 +1,1 @@
+"""Tasks, one modality a file; each returns a Task that fine-tuning takes."""

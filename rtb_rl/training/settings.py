@@ -1,0 +1,37 @@
+"""How a posterior is trained."""
+
+from dataclasses import dataclass, field
+
+from rtb_rl.training.mix import Mix
+from rtb_rl.training.scoring import LOG_REWARD_FLOOR
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """How a posterior is trained."""
+
+    updates: int = 2500
+    beta: float = 1.0
+    """Strength of the reward: the target is prior * r^beta."""
+    beta_warmup: int = 300
+    """Updates over which beta rises linearly to its value."""
+    conditions: int = 64
+    """Conditions an update; each gets `mix.total` paths."""
+    mix: Mix = field(default_factory=Mix)
+    levels_per_path: int | None = 5
+    """Random steps of each path that get a gradient, scaled to be unbiased; None: all of them."""
+    chunk: int = 4096
+    """Rows (a path at a level) evaluated at once where memory could grow."""
+    learning_rate: float = 1e-3
+    log_z_learning_rate: float = 1e-3
+    gradient_clip: float = 1.0
+    """Largest norm of the posterior's gradient."""
+    average_decay: float = 0.995
+    replay_capacity: int = 100_000
+    replay_tilt: float = 0.0
+    """Replayed points are drawn in proportion to r^tilt; with `beta` and prior draws in the mix,
+    near the target."""
+    widening: float = 1.5
+    """Factor on the spread (temperature, for tokens) of the paths of `mix.widened`."""
+    log_reward_floor: float = LOG_REWARD_FLOOR
+    """Stands in for a log-reward of minus infinity."""
