@@ -19,7 +19,7 @@ PROGRAMS = {"agents", "benchmarks"}
 
 # importer -> the rooms of rtb_rl (or single modules) that it may import, beside `errors`;
 # "" is rtb_rl/__init__.py
-LIBRARY = {"core", "nn", "training", "adapters", "rl", "tasks"}
+LIBRARY = {"core", "nn", "training", "adapters", "rl", "tasks", "exactness"}
 MAY_IMPORT = {
     "": {"core", "nn", "training", "rl"},
     "core": {"core"},
@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "adapters": {"adapters", "core"},
     "rl": {"rl", "nn", "training", "core"},
     "tasks": {"tasks", "nn", "adapters", "training.task", "core"},
+    "exactness": {"exactness", "tasks", "nn", "training", "core"},
     "cli": {"rl", "tasks"},
     "errors": set(),
     "agents": {"", *LIBRARY},

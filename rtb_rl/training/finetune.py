@@ -61,6 +61,8 @@ class Finetuner:
         """One gradient step on fresh paths; what the residuals said."""
         task, settings = self.task, self.settings
         beta = settings.beta * min(1.0, (step + 1) / max(settings.beta_warmup, 1))
+        decay = 1 - (1 - settings.last_learning_rate) * step / settings.updates
+        self.optimiser.param_groups[0]["lr"] = settings.learning_rate * decay
         parts = self.paths.draw()
         paths, ratio, log_reward = merge(parts, settings.conditions)
         _check_finite(step, log_ratio=ratio)
@@ -70,6 +72,7 @@ class Finetuner:
             self.log_z.start_at(weight)
         log_z = self.log_z(paths.condition, weight)
         loss = self.objective(log_z, ratio, log_reward, beta)
+        log_z = log_z.detach().clone()  # of this update: a scalar shares the parameter's memory
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         assert ratio.grad is not None
@@ -87,9 +90,9 @@ class Finetuner:
         self.optimiser.step()
         self.average.update(task.posterior)
         return {
-            "rtb/residual_std": residual(log_z.detach(), weight).std(),
+            "rtb/residual_std": residual(log_z, weight).std(),
             "rtb/loss": loss.detach(),
-            "rtb/log_z": log_z.detach().mean(),
+            "rtb/log_z": log_z.mean(),
             "rtb/log_ratio": ratio.detach().mean(),
             "rtb/log_reward": log_reward.mean(),
             "rtb/beta": beta,

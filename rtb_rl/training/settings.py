@@ -23,6 +23,8 @@ class FinetuneSettings:
     chunk: int = 4096
     """Rows (a path at a level) evaluated at once where memory could grow."""
     learning_rate: float = 1e-3
+    last_learning_rate: float = 1.0
+    """The posterior's learning rate at the last update, as a share of the first; linear."""
     log_z_learning_rate: float = 1e-3
     gradient_clip: float = 1.0
     """Largest norm of the posterior's gradient."""

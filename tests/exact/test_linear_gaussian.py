@@ -26,7 +26,7 @@ from rtb_rl.core import (
     rtb_loss,
     zero_terminal_signal,
 )
-from rtb_rl.core.gaussian import calibrated_spread, large_spread
+from rtb_rl.core.gaussian import large_spread
 from rtb_rl.core.protocols import Condition
 from rtb_rl.tasks.toy import (
     Chain,
@@ -219,23 +219,3 @@ def test_a_gaussian_posterior_is_learnt_from_scratch():
     assert float(found_variance) == pytest.approx(float(variance), rel=0.02)
     exact = float(slope * mean + slope**2 * variance / 2)
     assert log_z.value.item() == pytest.approx(exact, abs=0.01)
-
-
-def test_published_mistake_3_a_squash_jacobian_in_the_reward():
-    """Without reward the posterior is the prior, also where actions are tanh(u), u ~ N(1.8, 0.25).
-
-    A term sum log(1 - tanh^2 u) added to log r moves the mean action from 0.919 to 0.837.
-    """
-    prior = GaussianDenoiser(MEMORYLESS, number(1.8), number(0.25))
-    generator = Generator().manual_seed(0)
-    data = 1.8 + 0.5 * torch.randn((50_000, 1), generator=generator, dtype=torch.float64)
-    exact = CHAIN.with_spread(calibrated_spread(CHAIN, prior, data, None, generator=generator))
-    path, ratio = rollout_against(exact, prior, prior, None, 100_000, generator=generator)
-    action, no_reward = path.x0[:, 0].tanh(), torch.zeros_like(ratio)
-
-    def mean_action(log_reward: Tensor) -> float:
-        return float((log_weight(log_reward, ratio, 1.0).softmax(0) * action).sum())
-
-    assert torch.equal(log_weight(no_reward, ratio, 1.0), no_reward)
-    assert mean_action(no_reward) == pytest.approx(0.919, abs=0.002)
-    assert mean_action(no_reward + (1 - action**2).log()) == pytest.approx(0.837, abs=0.004)

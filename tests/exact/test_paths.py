@@ -172,37 +172,6 @@ def test_with_signal_left_no_scalar_log_z_is_right():
     assert residual(value(path.x[-1]), weight).abs().max() < 1e-10
 
 
-def test_published_mistake_1_a_copy_of_the_prior_added_to_the_prior(diffusion: GaussianDiffusion):
-    """A posterior that is the prior: log-ratio exactly 0, residual log Z - beta log r.
-
-    The released start, prior + copy of the prior, is somewhere else altogether.
-    """
-    prior, posterior, log_z = models(diffusion)
-    for _, path in all_behaviours(diffusion, prior, posterior):
-        log_reward = path.x0 @ SLOPE
-        ratio = log_ratio(diffusion, plus(prior, constant(0.0)), prior, path)
-        assert torch.equal(ratio, torch.zeros_like(ratio))
-        delta = residual(log_z, log_weight(log_reward, ratio, BETA))
-        torch.testing.assert_close(delta, log_z - BETA * log_reward, rtol=0, atol=0)
-        doubled = log_ratio(diffusion, plus(prior, prior), prior, path)
-        assert doubled.abs().max() > 1
-
-
-def test_joint_evaluation_is_step_by_step_evaluation(diffusion: GaussianDiffusion):
-    prior, posterior, _ = models(diffusion)
-    for _, path in all_behaviours(diffusion, prior, posterior):
-        together = log_ratio(diffusion, posterior, prior, path)
-        total = torch.zeros(BATCH, dtype=torch.float64)
-        for k in range(1, diffusion.levels + 1):
-            level = torch.full((BATCH,), k)
-            kernel, reference = (
-                diffusion.kernel(model(path.x[k], level, None), path.x[k], level)
-                for model in (posterior, prior)
-            )
-            total += kernel.log_prob(path.x[k - 1]) - reference.log_prob(path.x[k - 1])
-        torch.testing.assert_close(together, total, rtol=1e-9, atol=1e-8)
-
-
 def test_loss_is_zero_at_the_exact_posterior_and_only_there(diffusion: GaussianDiffusion):
     prior, posterior, log_z = models(diffusion)
     path, ratio = rollout_against(diffusion, posterior, prior, None, 500, generator=seeded())

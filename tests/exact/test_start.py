@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from oracles import chain_of, denoiser_of, gaussian_denoiser, squared_reward, tilt
 from torch import Generator, Tensor
 
 from rtb_rl.core import (
@@ -19,6 +18,7 @@ from rtb_rl.core import (
 )
 from rtb_rl.core.gaussian import large_spread
 from rtb_rl.nn import LearnedStart
+from rtb_rl.tasks.toy import GaussianDenoiser, chain_of, denoiser_of, squared_reward, tilt
 
 ONE = torch.ones(1, dtype=torch.float64)
 SIGNALS = torch.tensor([1.0, 0.95, 0.85, 0.7, 0.6], dtype=torch.float64)
@@ -30,7 +30,7 @@ def parts():
     schedule = Schedule(SIGNALS)
     with pytest.warns(UserWarning, match="leaves signal 0.600"):
         inner = GaussianDiffusion(schedule, (1,), large_spread(schedule), dtype=torch.float64)
-    prior = gaussian_denoiser(schedule, ONE, 0.25 * ONE)
+    prior = GaussianDenoiser(schedule, ONE, 0.25 * ONE)
     tilted, value = tilt(chain_of(inner, prior), REWARD)
     mean, log_scale = denoiser_of(inner, tilted), (tilted.std / chain_of(inner, prior).std).log()
 

@@ -136,7 +136,8 @@ class MixtureDenoiser(nn.Module):
     centres: Tensor
     precision: Tensor
     gain: Tensor
-    left: Tensor
+    blocks: Tensor
+    within: Tensor
     log_share: Tensor
 
     def __init__(self, mixture: GaussianMixture, schedule: Schedule):
@@ -154,7 +155,12 @@ class MixtureDenoiser(nn.Module):
             "centres": torch.einsum("nd,nde->ne", mixture.means, mixture.vectors),
             "precision": 1 / total,
             "gain": signal * mixture.variances / total,
-            "left": (1 - signal.square()) * mixture.variances / total,
+            "blocks": torch.block_diag(*mixture.vectors.mT),
+            "within": torch.einsum(
+                "kne,nde->knd",
+                (1 - signal.square()) * mixture.variances / total,
+                mixture.vectors.square(),
+            ),
             "log_share": mixture.weights.log() - total.log().sum(-1) / 2,
         }
         for name, table in tables.items():
@@ -170,15 +176,13 @@ class MixtureDenoiser(nn.Module):
         """Mean and variance of each coordinate of x_0 given x, [batch, size] both, and the
         responsibilities [batch, n].
         """
-        axes = self.axes.to(x.dtype)
-        share, error = self._responsibilities(x, level, axes)
-        split = axes.unflatten(1, self.centres.shape).movedim(0, 2)  # [n, axis, size]
+        share, error = self._responsibilities(x, level, self.axes.to(x.dtype))
         moved = self.gain.to(x.dtype)[level] * error
-        means = self.means.to(x.dtype) + torch.einsum("bne,ned->bnd", moved, split)
-        within = torch.einsum("bne,ned->bnd", self.left.to(x.dtype)[level], split.square())
-        mean = torch.einsum("bn,bnd->bd", share, means)
-        spread = within + (means - mean[:, None]).square()
-        return mean, torch.einsum("bn,bnd->bd", share, spread), share
+        shift = moved.flatten(1) @ self.blocks.to(x.dtype)  # every component's, side by side
+        means = self.means.to(x.dtype) + shift.reshape_as(moved)
+        mean = (share[..., None] * means).sum(1)
+        spread = self.within.to(x.dtype)[level] + (means - mean[:, None]).square()
+        return mean, (share[..., None] * spread).sum(1), share
 
     def _responsibilities(self, x: Tensor, level: Tensor, axes: Tensor) -> tuple[Tensor, Tensor]:
         error = (x @ axes).unflatten(-1, self.centres.shape)

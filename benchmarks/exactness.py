@@ -1,0 +1,214 @@
+"""How far trained posteriors are from the exact ones, for continuous and discrete diffusion.
+
+    rtb-rl bench exactness --out runs/exactness              about five minutes on two cores
+    rtb-rl bench exactness --out runs/exactness --full True  about an hour
+
+Every case runs in a directory of its own and is skipped when it is complete, so that a benchmark
+which was killed goes on. Ends with rows.jsonl, table.md, mistakes.md and figures. With `--peer
+PYTHON`, an interpreter that has torchgfn, the peer fits the 25 -> 9 toy on the same machine.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from rich.console import Console
+
+from rtb_rl.errors import InputError
+from rtb_rl.exactness import (
+    FAST,
+    FULL,
+    Case,
+    Effort,
+    Row,
+    amortised,
+    chains,
+    discrete,
+    draw_convergence,
+    draw_densities,
+    draw_levels,
+    markdown,
+    mistakes,
+    mistakes_markdown,
+    mixtures,
+    rare,
+    read_curve,
+    row,
+)
+from rtb_rl.training import Run, write_rows
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Exactness of trained posteriors."""
+
+    out: Path = Path("runs/exactness")
+    full: bool = False
+    """More levels, updates, problems and seeds; tighter bounds."""
+    only: tuple[str, ...] = ()
+    """Names of cases; not given: all of them."""
+    workers: int = 2
+    """Processes of one thread each."""
+    peer: Path | None = None
+    """A Python interpreter with torchgfn; not given: no peer."""
+    peer_seconds: int = 300
+    """Time for the peer's fine-tuning; its prior gets up to twice as much."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One case with one seed."""
+
+    name: str
+    case: Case
+    seed: int
+
+    def __call__(self, out: Path, effort: Effort) -> list[Row]:
+        torch.set_num_threads(1)
+        run = Run(out / f"{self.name}-{self.seed}", {"case": self.name, "seed": self.seed})
+        if run.results is None:
+            begun = time.monotonic()
+            rows = self.case(run, effort, self.seed)
+            run.finish({"rows": rows, "seconds": time.monotonic() - begun})
+        assert run.results is not None
+        return run.results["rows"]
+
+
+def jobs(effort: Effort) -> list[Job]:
+    """All cases; the long ones first."""
+    several: list[tuple[str, Case, int]] = [
+        ("nine", mixtures.nine, effort.nine_seeds),
+        ("nine_controls", mixtures.nine_controls, effort.controls),
+        *(
+            (f"mixture{size}", partial(mixtures.random_mixtures, size=size), effort.problems)
+            for size in reversed(mixtures.SIZES)
+        ),
+        ("levels", chains.levels, 1),
+        ("rare_mode", rare.rare_mode_mixes, 1),
+        ("calibration", amortised.calibration, 1),
+        ("temperature", amortised.temperature, 1),
+        ("fixed_order", discrete.fixed_order, 1),
+        ("several_reveals", discrete.several_reveals, 1),
+        ("random_order", discrete.random_order, 1),
+        ("linear_chain", chains.linear_chain, 1),
+        ("learned_start", chains.learned_start, 1),
+    ]
+    return [Job(name, case, seed) for name, case, seeds in several for seed in range(seeds)]
+
+
+def chosen(effort: Effort, only: Sequence[str]) -> list[Job]:
+    """The jobs asked for; InputError for a name that is none."""
+    every = jobs(effort)
+    names = list(dict.fromkeys(job.name for job in every))
+    if unknown := [name for name in only if name not in names]:
+        raise InputError(f"no case {', '.join(unknown)}; the cases are {', '.join(names)}")
+    return [job for job in every if not only or job.name in only]
+
+
+def run_all(out: Path, effort: Effort, todo: Sequence[Job], workers: int) -> list[Row]:
+    """The rows of all jobs, in their order; a failed case stops the benchmark at its end."""
+    console = Console(stderr=True)
+    os.environ["RTB_RL_NO_PROGRESS"] = "1"
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(job, out, effort) for job in todo]
+        rows = []
+        for index, (job, future) in enumerate(zip(todo, futures, strict=True)):
+            rows += future.result()
+            console.print(f"{index + 1} of {len(todo)}: {job.name}, seed {job.seed}", highlight=False)
+    return rows
+
+
+def run_peer(out: Path, interpreter: Path, seconds: int) -> list[Row]:
+    """The 25 -> 9 toy by torchgfn: TV of the mode weights at the end, and when it was 0.05."""
+    curve = out / "torchgfn.jsonl"
+    if not curve.exists():
+        program = [str(interpreter), str(Path(__file__).with_name("torchgfn_peer.py"))]
+        times = ["--seconds", str(seconds), "--prior-seconds", str(2 * seconds)]
+        noise = ["--sigma", "2.236", "--t-scale", "1"]  # the published noise of the toy
+        part = curve.with_suffix(".part")
+        subprocess.run([*program, "--out", str(part), "--seed", "0", *times, *noise], check=True)
+        part.rename(curve)
+    points = read_curve(curve)
+    reached = [point["seconds"] for point in points if point["tv"] <= 0.05]
+    name = f"torchgfn, 25 -> 9 after {points[-1]['seconds']:.0f} s"
+    return [
+        row(f"{name}: TV of mode weights", 0, points[-1]["tv"]),
+        row(f"{name}: TV against the posterior of its own prior", 0, points[-1]["tv_own_prior"]),
+        row("torchgfn, 25 -> 9: seconds to a TV of 0.05", 0, reached[0] if reached else float("nan")),
+    ]
+
+
+def check_mistakes(out: Path) -> list[dict[str, Any]]:
+    """The published mistakes, each put in and caught, by the project's tests; [] without tests."""
+    tests = sorted((ROOT / "tests" / "exact").glob("test_published_mistakes*.py"))
+    if not tests:
+        return []
+    junit = out / "mistakes.xml"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={junit}"]
+    subprocess.run([*command, *map(str, tests)], cwd=ROOT, capture_output=True, check=False)
+    return list(mistakes(junit)) if junit.exists() else []
+
+
+def draw_figures(out: Path, rows: Sequence[Row]) -> None:
+    """Every figure whose cases were run."""
+    panels = {
+        "prior": (out / "nine-0" / "draws.safetensors", "prior"),
+        "target": (out / "nine-0" / "draws.safetensors", "target"),
+        "RTB": (out / "nine-0" / "draws.safetensors", "posterior"),
+    }
+    for stage, title in (
+        ("RTB", "RTB, on-policy alone"),
+        ("KL-REINFORCE_on_log_r", "KL-REINFORCE on log r"),
+        ("published_RL_loss", "published RL loss, w = 0.5"),
+    ):
+        panels[title] = (out / "nine_controls-0" / stage / "draws.safetensors", "posterior")
+    if there := {title: panel for title, panel in panels.items() if panel[0].exists()}:
+        draw_densities(out / "densities.png", there)
+    curves = {
+        "rtb-rl, 40 levels": sorted(out.glob("nine-*/curve.jsonl")),
+        "torchgfn, 100 levels": sorted(out.glob("torchgfn.jsonl")),
+    }
+    if any(curves.values()):
+        draw_convergence(out / "convergence.png", curves)
+    if any(r["case"].startswith("levels: ") for r in rows):
+        draw_levels(out / "levels.png", rows)
+
+
+def main(settings: Settings) -> None:
+    """Run the cases, then write rows, tables and figures."""
+    effort, out = FULL if settings.full else FAST, settings.out
+    todo = chosen(effort, settings.only)
+    run = Run(out, {"full": settings.full, "only": settings.only, "seed": 0})
+    rows = run_all(out, effort, todo, settings.workers)
+    if settings.peer is not None:
+        rows += run_peer(out, settings.peer, settings.peer_seconds)
+    else:
+        Console().print("no --peer PYTHON given: torchgfn is left out")
+    caught = check_mistakes(out)
+    if not caught:
+        Console().print("no tests beside this program: the published mistakes are left out")
+    rows += [
+        row(f"published mistake {entry['row']}, not caught", 0, 0.0 if entry["caught"] else 1.0, 0.0)
+        for entry in caught
+    ]
+    (out / "table.md").write_text(markdown(rows))
+    (out / "mistakes.md").write_text(mistakes_markdown(caught))
+    draw_figures(out, rows)
+    write_rows(run, rows)
+    Console().print(f"table: {out / 'table.md'}, figures: {out}/*.png", highlight=False)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))

@@ -1,0 +1,60 @@
+"""Errors while a posterior is trained, against the seconds that training took."""
+
+import json
+import time
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from rtb_rl.core import Sampler
+from rtb_rl.tasks.toy import Toy
+from rtb_rl.training.run import Run
+from rtb_rl.training.seeding import generator_for
+
+
+class Curve:
+    """Appends {update, seconds, tv, ...} to curve.jsonl of a run every `every` seconds of training.
+
+    Evaluating is not counted. A run that is continued goes on from its last line.
+    """
+
+    def __init__(self, run: Run, toy: Toy, *, every: float = 10.0, draws: int = 5000):
+        self.path, self.toy, self.every, self.draws = (
+            run.directory / "curve.jsonl",
+            toy,
+            every,
+            draws,
+        )
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        self.seconds = json.loads(lines[-1])["seconds"] if lines else 0.0
+        self.next = self.seconds + every
+        self.begun = time.monotonic()
+
+    def __call__(self, step: int, posterior: nn.Module) -> None:
+        self.seconds += time.monotonic() - self.begun
+        if self.seconds >= self.next:
+            self.next = self.seconds + self.every
+            generator = generator_for(0, "curve")
+            with torch.no_grad():
+                sampler = Sampler(self.toy.task.diffusion, posterior)
+                x0 = sampler.sample(None, self.draws, generator=generator)
+            line = {"update": step, "seconds": self.seconds, **self.toy.errors(x0, None)}
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        self.begun = time.monotonic()
+
+
+def save_draws(run: Run, toy: Toy, posterior: nn.Module, *, seed: int, draws: int = 4000) -> None:
+    """Draws of posterior, prior and target as draws.safetensors of a run, for figures."""
+    diffusion, prior = toy.task.diffusion, toy.task.prior
+    assert toy.task.draw_target is not None
+    generator = generator_for(seed, "draws")
+    points = {
+        "posterior": Sampler(diffusion, posterior).sample(None, draws, generator=generator),
+        "prior": Sampler(diffusion, prior).sample(None, draws, generator=generator),
+        "target": toy.task.draw_target(None, draws, generator=generator),
+    }
+    save_file(
+        {name: x.contiguous() for name, x in points.items()}, run.directory / "draws.safetensors"
+    )

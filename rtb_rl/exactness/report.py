@@ -1,0 +1,66 @@
+"""The rows of all cases as a table that a person reads."""
+
+import math
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rtb_rl.exactness.fit import Row
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """One line a case: median and worst over its seeds, the bound, and how many hold it."""
+    lines = ["| case | runs | median | worst | bound | hold |", "| --- | --- | --- | --- | --- | --- |"]
+    for case, group in by_case(rows).items():
+        values = sorted(row["value"] for row in group)
+        bound = group[0]["bound"]
+        hold = sum(math.isfinite(v) and v <= bound for v in values) if bound is not None else None
+        lines.append(
+            f"| {case.replace('|', '&#124;')} | {len(values)} | {number(values[len(values) // 2])} |"
+            f" {number(values[-1])} | {'' if bound is None else number(bound)} |"
+            f" {'' if hold is None else f'{hold} of {len(values)}'} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def by_case(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows of one name together, in order of first appearance."""
+    cases: dict[str, list[Row]] = {}
+    for row in rows:
+        cases.setdefault(row["case"], []).append(row)
+    return cases
+
+
+def number(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def mistakes(junit: Path) -> Iterator[dict[str, Any]]:
+    """The tests of the published mistakes in a junit file: {row, test, mistake, replaced, caught}.
+
+    `replaced`: what was patched to put the mistake in, once for each way; `caught`: the test passed
+    with the code as it is and failed with each of them.
+    """
+    for case in ElementTree.parse(junit).iter("testcase"):
+        name = case.get("name", "")
+        if not name.startswith("test_row_"):
+            continue
+        properties = [(p.get("name"), p.get("value", "")) for p in case.iter("property")]
+        yield {
+            "row": int(name[9:11]),
+            "test": name,
+            "mistake": next((value for key, value in properties if key == "mistake"), ""),
+            "replaced": [value for key, value in properties if key == "replaced"],
+            "caught": case.find("failure") is None and case.find("error") is None,
+        }
+
+
+def mistakes_markdown(found: Sequence[Mapping[str, Any]]) -> str:
+    """One line a mistake."""
+    lines = ["| row | mistake | put in at | caught |", "| --- | --- | --- | --- |"]
+    for entry in sorted(found, key=lambda entry: entry["row"]):
+        places = ", ".join(f"`{place}`" for place in dict.fromkeys(entry["replaced"]))
+        caught = "yes" if entry["caught"] else "NO"
+        lines.append(f"| {entry['row']} | {entry['mistake']} | {places} | {caught} |")
+    return "\n".join(lines) + "\n"
