@@ -8,12 +8,12 @@ which was killed goes on. Ends with rows.jsonl, table.md, mistakes.md and figure
 PYTHON`, an interpreter that has torchgfn, the peer fits the 25 -> 9 toy on the same machine.
 """
 
-import os
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -46,6 +46,7 @@ from rtb_rl.exactness import (
     row,
 )
 from rtb_rl.training import Run, write_rows
+from rtb_rl.training.progress import progress
 
 ROOT = Path(__file__).parents[1]
 
@@ -80,7 +81,8 @@ class Job:
         run = Run(out / f"{self.name}-{self.seed}", {"case": self.name, "seed": self.seed})
         if run.results is None:
             begun = time.monotonic()
-            rows = self.case(run, effort, self.seed)
+            with open(run.directory / "log.txt", "a") as log, redirect_stdout(log):
+                rows = self.case(run, effort, self.seed)
             run.finish({"rows": rows, "seconds": time.monotonic() - begun})
         assert run.results is not None
         return run.results["rows"]
@@ -118,16 +120,19 @@ def chosen(effort: Effort, only: Sequence[str]) -> list[Job]:
 
 
 def run_all(out: Path, effort: Effort, todo: Sequence[Job], workers: int) -> list[Row]:
-    """The rows of all jobs, in their order; a failed case stops the benchmark at its end."""
-    console = Console(stderr=True)
-    os.environ["RTB_RL_NO_PROGRESS"] = "1"
+    """The rows of all jobs, in their order. A case that fails stops the others not, but the end."""
+    failed = []
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(job, out, effort) for job in todo]
-        rows = []
-        for index, (job, future) in enumerate(zip(todo, futures, strict=True)):
-            rows += future.result()
-            console.print(f"{index + 1} of {len(todo)}: {job.name}, seed {job.seed}", highlight=False)
-    return rows
+        futures = {pool.submit(job, out, effort): job for job in todo}
+        with progress("cases", len(todo)) as show:
+            for done, future in enumerate(as_completed(futures)):
+                job = futures[future]
+                if error := future.exception():
+                    failed.append(f"{job.name}, seed {job.seed}: {error!r}")
+                show(done + 1, f"{job.name}, seed {job.seed}")
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(todo)} cases failed: {'; '.join(failed)}")
+    return [row for future in futures for row in future.result()]
 
 
 def run_peer(out: Path, interpreter: Path, seconds: int) -> list[Row]:
@@ -146,7 +151,9 @@ def run_peer(out: Path, interpreter: Path, seconds: int) -> list[Row]:
     return [
         row(f"{name}: TV of mode weights", 0, points[-1]["tv"]),
         row(f"{name}: TV against the posterior of its own prior", 0, points[-1]["tv_own_prior"]),
-        row("torchgfn, 25 -> 9: seconds to a TV of 0.05", 0, reached[0] if reached else float("nan")),
+        row(
+            "torchgfn, 25 -> 9: seconds to a TV of 0.05", 0, reached[0] if reached else float("nan")
+        ),
     ]
 
 
@@ -156,7 +163,15 @@ def check_mistakes(out: Path) -> list[dict[str, Any]]:
     if not tests:
         return []
     junit = out / "mistakes.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={junit}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={junit}",
+    ]
     subprocess.run([*command, *map(str, tests)], cwd=ROOT, capture_output=True, check=False)
     return list(mistakes(junit)) if junit.exists() else []
 
@@ -200,7 +215,9 @@ def main(settings: Settings) -> None:
     if not caught:
         Console().print("no tests beside this program: the published mistakes are left out")
     rows += [
-        row(f"published mistake {entry['row']}, not caught", 0, 0.0 if entry["caught"] else 1.0, 0.0)
+        row(
+            f"published mistake {entry['row']}, not caught", 0, 0.0 if entry["caught"] else 1.0, 0.0
+        )
         for entry in caught
     ]
     (out / "table.md").write_text(markdown(rows))

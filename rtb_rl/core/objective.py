@@ -41,6 +41,23 @@ def huber(threshold: float) -> Penalty:
     return penalty
 
 
+def linex(limit: float) -> Penalty:
+    """2 (exp(-residual) + residual - 1), linear once -residual exceeds `limit`.
+
+    On-policy its gradient is that of twice KL(target | posterior), while squares give twice
+    KL(posterior | target): it covers every mode, is linear where a path has too much weight, and
+    its best log Z is the importance-weighted one. With few levels, where no posterior is exact, its
+    optimum has the moments and mode weights of the target. arXiv 2410.02596.
+    """
+
+    def penalty(residual: Tensor) -> Tensor:
+        excess = -residual
+        bounded = excess.clamp(max=limit)
+        return 2 * (bounded.exp() * (1 + excess - bounded) - excess - 1)
+
+    return penalty
+
+
 def rtb_loss(residual: Tensor, penalty: Penalty = square) -> Tensor:
     """The mean penalty of the residuals; a scalar."""
     return penalty(residual).mean()

@@ -15,8 +15,8 @@ class Denoiser(Protocol):
     """A network only: predicts clean data from noisy data.
 
     What it returns is read by its Diffusion alone. Gaussian: the predicted x0, shaped as `x`, or a
-    ScaledPrediction. Masked: log-probabilities [batch, length, vocabulary]. Deterministic while it
-    is being scored (no dropout).
+    ScaledPrediction. Masked: log-probabilities [batch, length, vocabulary], or a RevealPrediction.
+    Deterministic while it is being scored (no dropout).
     """
 
     def __call__(self, x: Tensor, level: Tensor, condition: Condition) -> Any:
@@ -82,7 +82,7 @@ class Diffusion(Protocol):
         """A draw of x[0..K] given x[0], as [K + 1, batch, *event]."""
         ...
 
-    def denoising_loss(self, prediction: Tensor, x0: Tensor, x: Tensor, level: Tensor) -> Tensor:
+    def denoising_loss(self, prediction: Any, x0: Tensor, x: Tensor, level: Tensor) -> Tensor:
         """The loss whose minimum over predictions is the exact denoiser: [batch]."""
         ...
 

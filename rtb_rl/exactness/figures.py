@@ -43,7 +43,9 @@ def draw_convergence(path: Path, curves: Mapping[str, Sequence[Path]]) -> None:
     """Total variation of the 25 -> 9 weights against seconds of training, a line a seed."""
     pyplot = _pyplot()
     figure, axis = pyplot.subplots(figsize=(5, 3.4))
-    for (name, files), colour in zip(curves.items(), (RTB, PEER, "#8172b3", "#777777"), strict=False):
+    for (name, files), colour in zip(
+        curves.items(), (RTB, PEER, "#8172b3", "#777777"), strict=False
+    ):
         for index, file in enumerate(files):
             points = read_curve(file)
             axis.plot(
@@ -76,7 +78,14 @@ def draw_levels(path: Path, rows: Sequence[Row]) -> None:
         colour = RTB if "learned" in name else PEER
         style = "--" if "floor" in name else "-"
         marker = None if "floor" in name else "o"
-        axis.plot(*zip(*sorted(points.items()), strict=True), style, color=colour, label=name, marker=marker, ms=4)
+        axis.plot(
+            *zip(*sorted(points.items()), strict=True),
+            style,
+            color=colour,
+            label=name,
+            marker=marker,
+            ms=4,
+        )
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlabel("levels T")

@@ -31,11 +31,12 @@ class Effort:
     nine_bounds: Mapping[str, float]
     """Of the 25 -> 9 toy."""
     controls: int
+    control_updates: int
     """Seeds of its controls."""
     problems: int
     """Random mixtures of each size."""
     mixture_levels: tuple[int, ...]
-    mixture_updates: int
+    mixture_updates: tuple[int, ...]
     """For mixtures of 2, 8 and 32 dimensions."""
     line_levels: tuple[int, ...]
     line_updates: int
@@ -47,34 +48,36 @@ class Effort:
 
 
 FAST = Effort(
-    nine_updates=500,
+    nine_updates=450,
     nine_seeds=3,
     nine_bounds={"tv": 0.05, "log_z": 0.05, "outside": 0.05, "variance": 0.2, "ess": 0.7},
     controls=0,
+    control_updates=0,
     problems=1,
-    mixture_levels=(30,),
-    mixture_updates=200,
+    mixture_levels=(30, 30, 30),
+    mixture_updates=(200, 200, 100),
     line_levels=(10, 20),
     line_updates=400,
     token_updates=400,
     floor_instances=5,
-    rare_updates=400,
-    amortised_updates=300,
+    rare_updates=120,
+    amortised_updates=200,
 )
 FULL = Effort(
-    nine_updates=2500,
+    nine_updates=1500,
     nine_seeds=3,
     nine_bounds={"tv": 0.02, "log_z": 0.02, "outside": 0.01, "variance": 0.1, "ess": 0.5},
     controls=1,
+    control_updates=600,
     problems=10,
-    mixture_levels=(40, 80, 120),
-    mixture_updates=600,
+    mixture_levels=(40, 60, 60),
+    mixture_updates=(400, 600, 300),
     line_levels=(5, 10, 20, 50, 100),
     line_updates=1500,
     token_updates=2000,
     floor_instances=20,
-    rare_updates=1500,
-    amortised_updates=1500,
+    rare_updates=200,
+    amortised_updates=600,
 )
 
 Case = Callable[[Run, Effort, int], list[Row]]

@@ -83,9 +83,7 @@ def nine_rows(values: Mapping[str, float], seed: int, bounds: Mapping[str, float
     return [
         row("25 -> 9: TV of mode weights", seed, values["tv"], bounds["tv"]),
         row("25 -> 9: |log Z error|", seed, values["log_z_error"], bounds["log_z"]),
-        row(
-            "25 -> 9: mass outside 3 sigma, less 0.011", seed, excess, bounds["outside"]
-        ),
+        row("25 -> 9: mass outside 3 sigma, less 0.011", seed, excess, bounds["outside"]),
         row(
             "25 -> 9: |within-mode variance / exact - 1|",
             seed,
@@ -114,7 +112,7 @@ def nine_controls(run: Run, effort: Effort, seed: int) -> list[Row]:
         "published RL loss, w = 0.5": published,
     }
     rows = []
-    settings = replace(SETTINGS, updates=effort.nine_updates, mix=Mix(on_policy=4, data=0))
+    settings = replace(SETTINGS, updates=effort.control_updates, mix=Mix(on_policy=4, data=0))
     for name, objective in objectives.items():
         toy = nine_toy(seed)
         stage = run.stage(name.split(",")[0].replace(" ", "_"), {"seed": seed, "name": name})
@@ -130,7 +128,7 @@ def random_mixtures(run: Run, effort: Effort, seed: int, *, size: int) -> list[R
     """Tilts (even seeds) and observations (odd) of random mixtures."""
     kind = "observation" if seed % 2 else "tilt"
     index = SIZES.index(size)
-    levels = effort.mixture_levels[min(index, len(effort.mixture_levels) - 1)]
+    levels, updates = effort.mixture_levels[index], effort.mixture_updates[index]
     generator = generator_for(seed, "mixture", size)
     mixture = random_mixture(size, 6, generator=generator)
     maker = mixture_posterior(width=64, generator=generator)
@@ -145,13 +143,13 @@ def random_mixtures(run: Run, effort: Effort, seed: int, *, size: int) -> list[R
     toy = make(levels=levels, posterior=maker, generator=generator)
     settings = replace(
         SETTINGS,
-        updates=effort.mixture_updates,
+        updates=updates,
         conditions=48,
         levels_per_path=min(16, levels),
     )
     stage = run.stage("rtb", {"seed": seed, "updates": settings.updates, "levels": levels})
     posterior = fit_toy(stage, toy, settings, seed=seed, objective=rtb(HUBER))
-    values = found(toy, posterior, seed=seed)
+    values = found(toy, posterior, seed=seed, draws=10_000)
     name = f"mixture, d = {size}"
     return [
         row(f"{name}: TV of mode weights", seed, values["tv"], 0.03),
@@ -162,7 +160,7 @@ def random_mixtures(run: Run, effort: Effort, seed: int, *, size: int) -> list[R
     ]
 
 
-def resampled_tv(toy: Toy, posterior: nn.Module, seed: int, draws: int = 5000) -> float:
+def resampled_tv(toy: Toy, posterior: nn.Module, seed: int, draws: int = 2000) -> float:
     """TV of mode weights of importance-resampled draws; NaN where too few are effective."""
     task = toy.task
     sampler = ResampledSampler(task.diffusion, posterior, task.prior, task.log_reward)

@@ -11,17 +11,22 @@ from rtb_rl.exactness.fit import Row
 
 def markdown(rows: Sequence[Row]) -> str:
     """One line a case: median and worst over its seeds, the bound, and how many hold it."""
-    lines = ["| case | runs | median | worst | bound | hold |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = [line("case", "runs", "median", "worst", "bound", "hold"), line(*6 * ["---"])]
     for case, group in by_case(rows).items():
         values = sorted(row["value"] for row in group)
-        bound = group[0]["bound"]
-        hold = sum(math.isfinite(v) and v <= bound for v in values) if bound is not None else None
-        lines.append(
-            f"| {case.replace('|', '&#124;')} | {len(values)} | {number(values[len(values) // 2])} |"
-            f" {number(values[-1])} | {'' if bound is None else number(bound)} |"
-            f" {'' if hold is None else f'{hold} of {len(values)}'} |"
-        )
+        count, bound = len(values), group[0]["bound"]
+        limit, hold = "", ""
+        if bound is not None:
+            limit = number(bound)
+            hold = f"{sum(math.isfinite(v) and v <= bound for v in values)} of {count}"
+        middle, worst = number(values[count // 2]), number(values[-1])
+        lines.append(line(case.replace("|", "&#124;"), str(count), middle, worst, limit, hold))
     return "\n".join(lines) + "\n"
+
+
+def line(*cells: str) -> str:
+    """A line of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
 
 
 def by_case(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -58,9 +63,9 @@ def mistakes(junit: Path) -> Iterator[dict[str, Any]]:
 
 def mistakes_markdown(found: Sequence[Mapping[str, Any]]) -> str:
     """One line a mistake."""
-    lines = ["| row | mistake | put in at | caught |", "| --- | --- | --- | --- |"]
+    lines = [line("row", "mistake", "put in at", "caught"), line(*4 * ["---"])]
     for entry in sorted(found, key=lambda entry: entry["row"]):
         places = ", ".join(f"`{place}`" for place in dict.fromkeys(entry["replaced"]))
         caught = "yes" if entry["caught"] else "NO"
-        lines.append(f"| {entry['row']} | {entry['mistake']} | {places} | {caught} |")
+        lines.append(line(str(entry["row"]), entry["mistake"], places, caught))
     return "\n".join(lines) + "\n"

@@ -9,12 +9,15 @@ from rtb_rl.core import (
     elbo,
     eubo,
     importance_eubo,
+    importance_log_z,
     kl_reinforce_loss,
+    linex,
     log_variance_loss,
     published_rl_loss,
     residual,
     rtb,
     rtb_loss,
+    square,
     trust_pcl_loss,
 )
 
@@ -75,6 +78,45 @@ def test_the_published_loss_has_the_derivatives_of_its_formula():
     reward = log_reward.exp()
     by_hand = (2 * 0.5 * ratio.detach() - (reward - reward.mean())) / 6
     torch.testing.assert_close(found, by_hand, rtol=1e-12, atol=1e-15)
+
+
+def forward_kl(log_probs: Tensor, target: Tensor) -> Tensor:
+    return (target.exp() * (target - log_probs)).sum()
+
+
+def reverse_kl(log_probs: Tensor, target: Tensor) -> Tensor:
+    return (log_probs.exp() * (log_probs - target)).sum()
+
+
+@pytest.mark.parametrize(
+    ("penalty", "divergence"), [(linex(10.0), forward_kl), (square, reverse_kl)]
+)
+def test_on_policy_linex_descends_the_forward_kl_and_squares_the_reverse(penalty, divergence):
+    logits = torch.tensor([0.3, -0.2, 0.1, 0.4], dtype=torch.float64, requires_grad=True)
+    target = (PRIOR.log() + LOG_REWARD).log_softmax(0)
+    log_z = (PRIOR.log() + LOG_REWARD).logsumexp(0)
+    expected = 2 * gradient(divergence(logits.log_softmax(0), target), logits)
+    log_probs = logits.log_softmax(0)
+    ratio = (log_probs - PRIOR.log()).detach().requires_grad_()
+    slope = gradient(penalty(residual(log_z, LOG_REWARD - ratio)).sum(), ratio)
+    found = gradient((log_probs.detach().exp() * slope * log_probs).sum(), logits)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+
+
+def test_linex_is_a_square_near_zero_and_linear_beyond_its_limit():
+    small = torch.tensor([-1e-4, 1e-4], dtype=torch.float64)
+    torch.testing.assert_close(linex(3.0)(small), small.square(), rtol=1e-3, atol=0)
+    far = torch.tensor([-3.0, -4.0, -5.0, 50.0, 51.0], dtype=torch.float64)
+    steps = linex(3.0)(far).diff()
+    assert float(steps[0]) == pytest.approx(float(steps[1]))
+    assert float(steps[3]) == pytest.approx(2.0)
+
+
+def test_the_best_log_z_of_linex_is_the_importance_weighted_one():
+    weight = draws(50)
+    log_z = importance_log_z(weight)[0].requires_grad_()
+    slope = gradient(rtb_loss(residual(log_z, weight), linex(20.0)), log_z)
+    assert float(slope) == pytest.approx(0.0, abs=1e-12)
 
 
 def test_bounds_enclose_log_z_and_meet_for_equal_weights():
