@@ -205,7 +205,7 @@ def main(settings: Settings) -> None:
     """Run the cases, then write rows, tables and figures."""
     effort, out = FULL if settings.full else FAST, settings.out
     todo = chosen(effort, settings.only)
-    run = Run(out, {"full": settings.full, "only": settings.only, "seed": 0})
+    run = Run(out, {"full": settings.full, "seed": 0})
     rows = run_all(out, effort, todo, settings.workers)
     if settings.peer is not None:
         rows += run_peer(out, settings.peer, settings.peer_seconds)
