@@ -89,14 +89,9 @@ class Job:
 
 
 def jobs(effort: Effort) -> list[Job]:
-    """All cases; the long ones first."""
+    """All cases; random problems last, one of each size after the other."""
     several: list[tuple[str, Case, int]] = [
         ("nine", mixtures.nine, effort.nine_seeds),
-        ("nine_controls", mixtures.nine_controls, effort.controls),
-        *(
-            (f"mixture{size}", partial(mixtures.random_mixtures, size=size), effort.problems)
-            for size in reversed(mixtures.SIZES)
-        ),
         ("levels", chains.levels, 1),
         ("rare_mode", rare.rare_mode_mixes, 1),
         ("calibration", amortised.calibration, 1),
@@ -106,8 +101,14 @@ def jobs(effort: Effort) -> list[Job]:
         ("random_order", discrete.random_order, 1),
         ("linear_chain", chains.linear_chain, 1),
         ("learned_start", chains.learned_start, 1),
+        ("nine_controls", mixtures.nine_controls, effort.controls),
     ]
-    return [Job(name, case, seed) for name, case, seeds in several for seed in range(seeds)]
+    listed = [Job(name, case, seed) for name, case, seeds in several for seed in range(seeds)]
+    return listed + [
+        Job(f"mixture{size}", partial(mixtures.random_mixtures, size=size), seed)
+        for seed in range(effort.problems)
+        for size in mixtures.SIZES
+    ]
 
 
 def chosen(effort: Effort, only: Sequence[str]) -> list[Job]:

@@ -43,6 +43,7 @@ class Effort:
     """For the error against the number of levels."""
     token_updates: int
     floor_instances: int
+    rare_mixes: tuple[str, ...]
     rare_updates: int
     amortised_updates: int
 
@@ -60,6 +61,7 @@ FAST = Effort(
     line_updates=400,
     token_updates=400,
     floor_instances=5,
+    rare_mixes=("on-policy alone", "replay"),
     rare_updates=120,
     amortised_updates=200,
 )
@@ -73,10 +75,18 @@ FULL = Effort(
     mixture_levels=(40, 60, 60),
     mixture_updates=(400, 600, 300),
     line_levels=(5, 10, 20, 50, 100),
-    line_updates=1500,
-    token_updates=2000,
+    line_updates=800,
+    token_updates=1000,
     floor_instances=20,
-    rare_updates=200,
+    rare_mixes=(
+        "on-policy alone",
+        "widened",
+        "prior",
+        "noised data",
+        "replay",
+        "prior and replay",
+    ),
+    rare_updates=160,
     amortised_updates=600,
 )
 

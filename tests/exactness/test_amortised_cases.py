@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -13,8 +12,7 @@ from rtb_rl.exactness.fit import FAST
 from rtb_rl.training.run import Run
 from rtb_rl.training.seeding import generator_for
 
-TINY = replace(FAST, rare_updates=2, amortised_updates=2)
-TWO_MIXES = {name: rare.MIXES[name] for name in ("widened", rare.RECOMMENDED)}
+TINY = replace(FAST, rare_mixes=("widened", rare.RECOMMENDED), rare_updates=2, amortised_updates=2)
 
 
 @pytest.fixture
@@ -79,7 +77,7 @@ def test_the_untrained_posterior_weighs_its_draws_by_their_reward(few):
     [
         (amortised.calibration, 5),
         (amortised.temperature, 15),
-        (partial(rare.rare_mode_mixes, mixes=TWO_MIXES), 4),
+        (rare.rare_mode_mixes, 4),
     ],
 )
 def test_rows(few, tmp_path, case, count):
