@@ -1,7 +1,7 @@
 """How far trained posteriors are from the exact ones, for continuous and discrete diffusion.
 
-    rtb-rl bench exactness --out runs/exactness              about five minutes on two cores
-    rtb-rl bench exactness --out runs/exactness --full True  about an hour
+    rtb-rl bench exactness --out runs/exactness            about five minutes on two cores
+    rtb-rl bench exactness --out runs/exactness-full --full  about an hour
 
 Every case runs in a directory of its own and is skipped when it is complete, so that a benchmark
 which was killed goes on. Ends with rows.jsonl, table.md, mistakes.md and figures. With `--peer
