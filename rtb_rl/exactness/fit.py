@@ -66,12 +66,12 @@ FAST = Effort(
     amortised_updates=200,
 )
 FULL = Effort(
-    nine_updates=1500,
+    nine_updates=2400,
     nine_seeds=3,
     nine_bounds={"tv": 0.02, "log_z": 0.02, "outside": 0.01, "variance": 0.1, "ess": 0.5},
     controls=1,
-    control_updates=600,
-    problems=10,
+    control_updates=400,
+    problems=3,
     mixture_levels=(40, 60, 60),
     mixture_updates=(400, 600, 300),
     line_levels=(5, 10, 20, 50, 100),
