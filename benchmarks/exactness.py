@@ -1,7 +1,7 @@
 """How far trained posteriors are from the exact ones, for continuous and discrete diffusion.
 
-    rtb-rl bench exactness --out runs/exactness            about five minutes on two cores
-    rtb-rl bench exactness --out runs/exactness-full --full  about an hour
+    rtb-rl bench exactness --fast --out runs/exactness    about five minutes on two cores
+    rtb-rl bench exactness --out runs/exactness-full      about an hour
 
 Every case runs in a directory of its own and is skipped when it is complete, so that a benchmark
 which was killed goes on. Ends with rows.jsonl, table.md, mistakes.md and figures. With `--peer
@@ -56,8 +56,8 @@ class Settings:
     """Exactness of trained posteriors."""
 
     out: Path = Path("runs/exactness")
-    full: bool = False
-    """More levels, updates, problems and seeds; tighter bounds."""
+    fast: bool = False
+    """Fewer levels, updates, problems and seeds; wider bounds."""
     only: tuple[str, ...] = ()
     """Names of cases; not given: all of them."""
     workers: int = 2
@@ -204,9 +204,9 @@ def draw_figures(out: Path, rows: Sequence[Row]) -> None:
 
 def main(settings: Settings) -> None:
     """Run the cases, then write rows, tables and figures."""
-    effort, out = FULL if settings.full else FAST, settings.out
+    effort, out = FAST if settings.fast else FULL, settings.out
     todo = chosen(effort, settings.only)
-    run = Run(out, {"full": settings.full, "seed": 0})
+    run = Run(out, {"fast": settings.fast, "seed": 0})
     rows = run_all(out, effort, todo, settings.workers)
     if settings.peer is not None:
         rows += run_peer(out, settings.peer, settings.peer_seconds)

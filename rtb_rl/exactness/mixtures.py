@@ -72,7 +72,7 @@ def nine(run: Run, effort: Effort, seed: int) -> list[Row]:
         objective=rtb(HUBER),
         observe=Curve(run, toy),
     )
-    values = found(toy, posterior, seed=seed)
+    values = found(toy, posterior, seed=seed, counted=effort.nine_draws)
     save_draws(run, toy, posterior, seed=seed)
     return nine_rows(values, seed, effort.nine_bounds)
 
@@ -149,7 +149,7 @@ def random_mixtures(run: Run, effort: Effort, seed: int, *, size: int) -> list[R
     )
     stage = run.stage("rtb", {"seed": seed, "updates": settings.updates, "levels": levels})
     posterior = fit_toy(stage, toy, settings, seed=seed, objective=rtb(HUBER))
-    values = found(toy, posterior, seed=seed, draws=10_000)
+    values = found(toy, posterior, seed=seed, draws=10_000, counted=12_000)
     name = f"mixture, d = {size}"
     return [
         row(f"{name}: TV of mode weights", seed, values["tv"], 0.03),
