@@ -1,4 +1,4 @@
-"""The benchmark program: a finished case is not run again, a failed one does not take the others."""
+"""The benchmark program: finished cases are not run again; a failed one stops no other."""
 
 import json
 
