@@ -9,7 +9,6 @@ PYTHON`, an interpreter that has torchgfn, the peer fits the 25 -> 9 toy on the 
 """
 
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -18,7 +17,6 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import torch
 import tyro
@@ -33,12 +31,10 @@ from rtb_rl.exactness import (
     Row,
     amortised,
     chains,
+    check_mistakes,
     discrete,
-    draw_convergence,
-    draw_densities,
-    draw_levels,
+    draw_figures,
     markdown,
-    mistakes,
     mistakes_markdown,
     mixtures,
     rare,
@@ -157,54 +153,10 @@ def curve_rows(name: str, seed: int, curve: Path) -> list[Row]:
     """Seconds of training to a TV of 0.05, if that was reached, and TV near 300 seconds."""
     points = read_curve(curve)
     near = min(points, key=lambda point: abs(point["seconds"] - 300))
-    rows = [row(f"{name}: TV after {near['seconds']:.0f} s", seed, near["tv"])]
+    rows = [row(f"{name}: TV near 300 s of training", seed, near["tv"])]
     if reached := [point["seconds"] for point in points if point["tv"] <= 0.05]:
         rows.append(row(f"{name}: seconds to a TV of 0.05", seed, min(reached)))
     return rows
-
-
-def check_mistakes(out: Path) -> list[dict[str, Any]]:
-    """The published mistakes, each put in and caught, by the project's tests; [] without tests."""
-    tests = sorted((ROOT / "tests" / "exact").glob("test_published_mistakes*.py"))
-    if not tests:
-        return []
-    junit = out / "mistakes.xml"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        f"--junitxml={junit}",
-    ]
-    subprocess.run([*command, *map(str, tests)], cwd=ROOT, capture_output=True, check=False)
-    return list(mistakes(junit)) if junit.exists() else []
-
-
-def draw_figures(out: Path, rows: Sequence[Row]) -> None:
-    """Every figure whose cases were run."""
-    panels = {
-        "prior": (out / "nine-0" / "draws.safetensors", "prior"),
-        "target": (out / "nine-0" / "draws.safetensors", "target"),
-        "RTB": (out / "nine-0" / "draws.safetensors", "posterior"),
-    }
-    for stage, title in (
-        ("RTB", "RTB, on-policy alone"),
-        ("KL-REINFORCE_on_log_r", "KL-REINFORCE on log r"),
-        ("published_RL_loss", "published RL loss, w = 0.5"),
-    ):
-        panels[title] = (out / "nine_controls-0" / stage / "draws.safetensors", "posterior")
-    if there := {title: panel for title, panel in panels.items() if panel[0].exists()}:
-        draw_densities(out / "densities.png", there)
-    curves = {
-        "rtb-rl, 40 levels": sorted(out.glob("nine-*/curve.jsonl")),
-        "torchgfn, 100 levels": sorted(out.glob("torchgfn.jsonl")),
-    }
-    if any(curves.values()):
-        draw_convergence(out / "convergence.png", curves)
-    if any(r["case"].startswith("levels: ") for r in rows):
-        draw_levels(out / "levels.png", rows)
 
 
 def main(settings: Settings) -> None:
@@ -219,7 +171,7 @@ def main(settings: Settings) -> None:
         rows += run_peer(out, settings.peer, settings.peer_seconds)
     else:
         Console().print("no --peer PYTHON given: torchgfn is left out")
-    caught = check_mistakes(out)
+    caught = check_mistakes(ROOT, out / "mistakes.xml")
     if not caught:
         Console().print("no tests beside this program: the published mistakes are left out")
     rows += [

@@ -82,12 +82,14 @@ def parses(arguments: list[str]) -> bool:
 
 
 @pytest.mark.mujoco
-def test_the_python_of_readme_runs(tmp_path, monkeypatch):
+def test_the_python_of_readme_runs_and_prints_what_it_says(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
     for block in blocks(README, "python"):
         code = "\n" * block.lines_above + block.code  # so that an error shows the line of README
         exec(compile(code, str(ROOT / "README.md"), "exec"), namespace)
+    (printed,) = re.findall(r'prints "(exact log Z [\d.]+)"', README)
+    assert printed in capsys.readouterr().out
 
 
 def test_the_commands_of_readme_exist(capsys):

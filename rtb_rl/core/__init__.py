@@ -26,6 +26,7 @@ from rtb_rl.core.alternatives import (
     published_rl_loss,
     trust_pcl_loss,
 )
+from rtb_rl.core.denoising_posterior import denoising_posterior_loss
 from rtb_rl.core.gaussian import GaussianDiffusion, ScaledPrediction
 from rtb_rl.core.kernels import GaussianKernel, UnmaskingKernel
 from rtb_rl.core.log_z import ConditionalLogZ, GroupMeanLogZ, ScalarLogZ
@@ -101,6 +102,7 @@ __all__ = [
     "backward_in_chunks",
     "cosine_masking",
     "cosine_schedule",
+    "denoising_posterior_loss",
     "effective_sample_size",
     "elbo",
     "eubo",

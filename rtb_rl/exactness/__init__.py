@@ -4,9 +4,9 @@
 runs them.
 """
 
-from rtb_rl.exactness.figures import draw_convergence, draw_densities, draw_levels, read_curve
+from rtb_rl.exactness.figures import draw_figures, read_curve
 from rtb_rl.exactness.fit import FAST, FULL, Case, Effort, Row, fit_toy, found, row
-from rtb_rl.exactness.report import markdown, mistakes, mistakes_markdown
+from rtb_rl.exactness.report import check_mistakes, markdown, mistakes, mistakes_markdown
 
 __all__ = [
     "FAST",
@@ -14,9 +14,8 @@ __all__ = [
     "Case",
     "Effort",
     "Row",
-    "draw_convergence",
-    "draw_densities",
-    "draw_levels",
+    "check_mistakes",
+    "draw_figures",
     "fit_toy",
     "found",
     "markdown",

@@ -9,6 +9,7 @@ from torch import nn
 
 from rtb_rl.core import Sampler
 from rtb_rl.tasks.toy import Toy
+from rtb_rl.training.checkpoint import replace_file
 from rtb_rl.training.run import Run
 from rtb_rl.training.seeding import generator_for
 
@@ -16,33 +17,36 @@ from rtb_rl.training.seeding import generator_for
 class Curve:
     """Appends {update, seconds, tv, ...} to curve.jsonl of a run every `every` seconds of training.
 
-    Evaluating is not counted. A run that is continued goes on from its last line.
+    Evaluating is not counted. A run that is continued drops the lines of updates it makes again.
     """
 
     def __init__(self, run: Run, toy: Toy, *, every: float = 10.0, draws: int = 5000):
-        self.path, self.toy, self.every, self.draws = (
-            run.directory / "curve.jsonl",
-            toy,
-            every,
-            draws,
-        )
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.seconds = json.loads(lines[-1])["seconds"] if lines else 0.0
-        self.next = self.seconds + every
-        self.begun = time.monotonic()
+        self.path, self.toy = run.directory / "curve.jsonl", toy
+        self.every, self.draws = every, draws
+        self.lines: list[dict[str, float]] | None = None
+        self.seconds, self.begun = 0.0, time.monotonic()
 
     def __call__(self, step: int, posterior: nn.Module) -> None:
+        if self.lines is None:
+            self.lines = [line for line in self._written() if line["update"] < step]
+            self.seconds = self.lines[-1]["seconds"] if self.lines else 0.0
         self.seconds += time.monotonic() - self.begun
-        if self.seconds >= self.next:
-            self.next = self.seconds + self.every
+        last = self.lines[-1]["seconds"] if self.lines else 0.0
+        if self.seconds >= last + self.every:
             generator = generator_for(0, "curve")
             with torch.no_grad():
                 sampler = Sampler(self.toy.task.diffusion, posterior)
                 x0 = sampler.sample(None, self.draws, generator=generator)
-            line = {"update": step, "seconds": self.seconds, **self.toy.errors(x0, None)}
-            with open(self.path, "a") as file:
-                file.write(json.dumps(line) + "\n")
+            errors = self.toy.errors(x0, None)
+            self.lines.append({"update": step, "seconds": self.seconds, **errors})
+            text = "".join(json.dumps(line) + "\n" for line in self.lines)
+            replace_file(self.path, text.encode())
         self.begun = time.monotonic()
+
+    def _written(self) -> list[dict[str, float]]:
+        if not self.path.exists():
+            return []
+        return [json.loads(line) for line in self.path.read_text().splitlines()]
 
 
 def save_draws(run: Run, toy: Toy, posterior: nn.Module, *, seed: int, draws: int = 4000) -> None:

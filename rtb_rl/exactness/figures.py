@@ -14,6 +14,31 @@ from rtb_rl.tasks.toy import plotting_coordinates
 RTB, PEER = "#c44e52", "#4c72b0"
 
 
+def draw_figures(out: Path, rows: Sequence[Row]) -> None:
+    """Every figure whose cases were run."""
+    panels = {
+        "prior": (out / "nine-0" / "draws.safetensors", "prior"),
+        "target": (out / "nine-0" / "draws.safetensors", "target"),
+        "RTB": (out / "nine-0" / "draws.safetensors", "posterior"),
+    }
+    for stage, title in (
+        ("RTB", "RTB, on-policy alone"),
+        ("KL-REINFORCE_on_log_r", "KL-REINFORCE on log r"),
+        ("published_RL_loss", "published RL loss, w = 0.5"),
+    ):
+        panels[title] = (out / "nine_controls-0" / stage / "draws.safetensors", "posterior")
+    if there := {title: panel for title, panel in panels.items() if panel[0].exists()}:
+        draw_densities(out / "densities.png", there)
+    curves = {
+        "rtb-rl, 40 levels": sorted(out.glob("nine-*/curve.jsonl")),
+        "torchgfn, 100 levels": sorted(out.glob("torchgfn.jsonl")),
+    }
+    if any(curves.values()):
+        draw_convergence(out / "convergence.png", curves)
+    if any(row["case"].startswith("levels: ") for row in rows):
+        draw_levels(out / "levels.png", rows)
+
+
 def draw_densities(path: Path, panels: Mapping[str, tuple[Path, str]]) -> None:
     """25 -> 9: where the draws lie. `panels`: title -> (draws.safetensors, which draws in it)."""
     pyplot = _pyplot()
@@ -34,18 +59,14 @@ def draw_densities(path: Path, panels: Mapping[str, tuple[Path, str]]) -> None:
         axis.set_xticks([-10, 0, 10])
         axis.set_yticks([-10, 0, 10])
         axis.tick_params(labelsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    _save(figure, path)
 
 
 def draw_convergence(path: Path, curves: Mapping[str, Sequence[Path]]) -> None:
     """Total variation of the 25 -> 9 weights against seconds of training, a line a seed."""
     pyplot = _pyplot()
     figure, axis = pyplot.subplots(figsize=(5, 3.4))
-    for (name, files), colour in zip(
-        curves.items(), (RTB, PEER, "#8172b3", "#777777"), strict=False
-    ):
+    for (name, files), colour in zip(curves.items(), (RTB, PEER), strict=True):
         for index, file in enumerate(files):
             points = read_curve(file)
             axis.plot(
@@ -56,13 +77,8 @@ def draw_convergence(path: Path, curves: Mapping[str, Sequence[Path]]) -> None:
                 label=name if index == 0 else None,
             )
     axis.axhline(0.05, color="black", lw=0.6, ls=":")
-    axis.set_yscale("log")
-    axis.set_xlabel("seconds of training, one core")
-    axis.set_ylabel("TV of mode weights")
-    axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    _finish(axis, "seconds of training, one core", "TV of mode weights")
+    _save(figure, path)
 
 
 def draw_levels(path: Path, rows: Sequence[Row]) -> None:
@@ -87,19 +103,27 @@ def draw_levels(path: Path, rows: Sequence[Row]) -> None:
             ms=4,
         )
     axis.set_xscale("log")
-    axis.set_yscale("log")
-    axis.set_xlabel("levels T")
-    axis.set_ylabel("TV to the exact posterior")
-    axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    _finish(axis, "levels T", "TV to the exact posterior")
+    _save(figure, path)
 
 
 def read_curve(path: Path) -> list[dict[str, Any]]:
     """Lines with `seconds` and `tv` of a curve.jsonl or of a peer's evaluations."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [line for line in lines if line.get("event", "evaluation") == "evaluation"]
+
+
+def _finish(axis: Any, x: str, y: str) -> None:
+    axis.set_yscale("log")
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    axis.legend(fontsize=8)
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    _pyplot().close(figure)
 
 
 def _pyplot():

@@ -1,6 +1,8 @@
 """The rows of all cases as a table that a person reads."""
 
 import math
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -39,6 +41,19 @@ def by_case(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def number(value: float) -> str:
     return f"{value:.3g}"
+
+
+def check_mistakes(root: Path, junit: Path) -> list[dict[str, Any]]:
+    """The published mistakes, each put in, as the tests of a clone at `root` see them; [] without
+    tests.
+    """
+    tests = sorted((root / "tests" / "exact").glob("test_published_mistakes*.py"))
+    if not tests:
+        return []
+    options = ["-q", "-p", "no:cacheprovider", f"--junitxml={junit}"]
+    command = [sys.executable, "-m", "pytest", *options, *map(str, tests)]
+    subprocess.run(command, cwd=root, capture_output=True, check=False)
+    return list(mistakes(junit)) if junit.exists() else []
 
 
 def mistakes(junit: Path) -> Iterator[dict[str, Any]]:

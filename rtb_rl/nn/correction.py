@@ -59,12 +59,14 @@ class ScaledCorrection(nn.Module):
 
 
 def scaled_correction(
-    prior: ScaledPrediction, output: Tensor, noise: Tensor, limit: float
+    prior: ScaledPrediction, output: Tensor, unit: Tensor, limit: float
 ) -> ScaledPrediction:
-    """The prior's prediction with the correction and log-scale in `output`, [batch, 2 size]."""
+    """The prior's prediction with the correction, in `unit`, and the log-scale in `output`,
+    [batch, 2 size].
+    """
     shift, raw = output.chunk(2, dim=-1)
     log_scale = prior.log_scale + limit * torch.tanh(raw / limit)
-    return ScaledPrediction(prior.x0 + noise * shift, log_scale)
+    return ScaledPrediction(prior.x0 + unit * shift, log_scale)
 
 
 def with_scale(prediction: Tensor | ScaledPrediction) -> ScaledPrediction:

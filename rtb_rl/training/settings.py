@@ -24,7 +24,7 @@ class FinetuneSettings:
     """Rows (a path at a level) evaluated at once where memory could grow."""
     learning_rate: float = 1e-3
     last_learning_rate: float = 1.0
-    """The posterior's learning rate at the last update, as a share of the first; linear."""
+    """The share of the posterior's learning rate to which it falls, linearly over the updates."""
     log_z_learning_rate: float = 1e-3
     gradient_clip: float = 1.0
     """Largest norm of the posterior's gradient."""

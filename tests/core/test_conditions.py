@@ -57,3 +57,12 @@ def test_cutting_and_concatenating_gives_the_rows_back(kind, cut, times):
 def test_conditions_of_different_kinds_are_not_concatenated():
     with pytest.raises((TypeError, ValueError)):
         conditions.concatenate([ROWS, None])
+
+
+def test_rows_of_another_number_are_named():
+    conditions.check_rows(None, 3)
+    conditions.check_rows({"a": torch.zeros(3, 1), "b": torch.zeros(3)}, 3)
+    with pytest.raises(ValueError, match="'b' has 2 rows for 3 paths; give one row a path"):
+        conditions.check_rows({"a": torch.zeros(3), "b": torch.zeros(2)}, 3)
+    with pytest.raises(ValueError, match="'condition' has 4 rows for 3 paths"):
+        conditions.check_rows(torch.zeros(4), 3)

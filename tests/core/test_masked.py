@@ -4,20 +4,18 @@ from itertools import product
 
 import pytest
 import torch
+from reveal_laws import LAWS as REVEAL_LAWS
+from reveal_laws import LENGTH
 from torch import Generator, Tensor, nn
 
 from rtb_rl.core import (
     Denoiser,
     FixedOrder,
-    IndependentReveals,
     MaskedDiffusion,
-    RandomOrder,
     RevealLaw,
     Sampler,
     Trajectory,
     backward_in_chunks,
-    cosine_masking,
-    linear_masking,
     log_ratio,
     noise_back,
     rollout,
@@ -26,15 +24,7 @@ from rtb_rl.core import (
 from rtb_rl.core.protocols import Condition
 from rtb_rl.nn import LearnedReveal
 
-LENGTH = 3
-LAWS = {
-    "linear": IndependentReveals(linear_masking(4), LENGTH),
-    "cosine": IndependentReveals(cosine_masking(3), LENGTH),
-    "random_order": RandomOrder(LENGTH),
-    "random_order-2": RandomOrder(LENGTH, per_step=2),
-    "fixed_order": FixedOrder([2, 0, 1]),
-    "fixed_order-2": FixedOrder([2, 0, 1], per_step=2),
-}
+LAWS = {name: law for name, law in REVEAL_LAWS.items() if name != "one_step"}
 
 
 def seeded(seed: int = 0) -> Generator:

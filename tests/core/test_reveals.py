@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 import torch
+from reveal_laws import LAWS, LENGTH
 from torch import Generator, Tensor
 
 from rtb_rl.core import (
@@ -21,17 +22,6 @@ from rtb_rl.core import (
 )
 from rtb_rl.core.protocols import Condition
 from rtb_rl.nn import LearnedReveal
-
-LENGTH = 3
-LAWS = {
-    "linear": IndependentReveals(linear_masking(4), LENGTH),
-    "cosine": IndependentReveals(cosine_masking(3), LENGTH),
-    "random_order": RandomOrder(LENGTH),
-    "random_order-2": RandomOrder(LENGTH, per_step=2),
-    "fixed_order": FixedOrder([2, 0, 1]),
-    "fixed_order-2": FixedOrder([2, 0, 1], per_step=2),
-    "one_step": RandomOrder(LENGTH, per_step=7),
-}
 
 
 @pytest.fixture(params=LAWS.values(), ids=list(LAWS))

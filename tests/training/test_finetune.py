@@ -206,6 +206,18 @@ def test_conditions_of_another_length_are_one_clear_error():
         make_finetuner(wrong).update(0)
 
 
+def test_the_learning_rate_falls_linearly_to_its_last():
+    finetuner = make_finetuner(
+        make_task(), learning_rate=0.5, last_learning_rate=0.2, updates=4, log_z_learning_rate=0.3
+    )
+    rates = []
+    for step in range(4):
+        finetuner.update(step)
+        rates.append([group["lr"] for group in finetuner.optimiser.param_groups])
+    assert [rate for rate, _ in rates] == pytest.approx([0.5, 0.4, 0.3, 0.2])
+    assert [rate for _, rate in rates] == [0.3] * 4
+
+
 def test_widened_paths_are_wider_and_scored_by_the_unwidened_posterior():
     finetuner = make_finetuner(
         make_task(), mix=Mix(on_policy=1, widened=1, data=0), widening=3.0, conditions=2000

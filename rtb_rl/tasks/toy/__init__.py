@@ -57,9 +57,8 @@ from rtb_rl.tasks.toy.mixture_tasks import (
     mixture_reweighting,
     mixture_tilt,
     mixture_tilt_over_beta,
-    mode_errors,
-    weight_error,
 )
+from rtb_rl.tasks.toy.mode_errors import mode_errors, weight_error
 from rtb_rl.tasks.toy.nine_of_twenty_five import (
     SCALE,
     nine_of_twenty_five,

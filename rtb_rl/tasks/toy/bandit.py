@@ -31,8 +31,8 @@ from rtb_rl.tasks.toy.mixture_tasks import (
     as_tensor,
     log_gain_at,
     mixture_chain,
-    mode_errors,
 )
+from rtb_rl.tasks.toy.mode_errors import mode_errors
 from rtb_rl.tasks.toy.posterior import PosteriorMaker
 from rtb_rl.training.task import Task
 

@@ -11,8 +11,9 @@ from rtb_rl.core.gaussian import calibrated_spread, large_spread
 from rtb_rl.core.protocols import Condition
 from rtb_rl.tasks.toy.answer import Toy
 from rtb_rl.tasks.toy.mixture import GaussianMixture, MixtureSteps, gaussian_log_prob
+from rtb_rl.tasks.toy.mode_errors import weight_error
 from rtb_rl.tasks.toy.posterior import PosteriorMaker
-from rtb_rl.training.task import DrawConditions, Task
+from rtb_rl.training.task import Task
 
 Answer = Callable[[Condition], tuple[GaussianMixture, Tensor]]
 """The exact posterior for each row of a condition, and log Z: [rows] or a scalar."""
@@ -52,14 +53,13 @@ def mixture_tilt(
     generator: Generator,
 ) -> Toy:
     """log r(x) = slope . x, with slope [size]."""
-    diffusion, prior = mixture_chain(mixture, levels, generator=generator)
-    task = Task(
-        name="mixture_tilt",
-        diffusion=diffusion,
-        prior=prior,
-        posterior=posterior(prior, diffusion, 0),
-        log_reward=lambda x0, condition: x0 @ slope.to(x0.dtype),
-        draw_conditions=prior_draws(mixture),
+    task = unconditional(
+        "mixture_tilt",
+        mixture,
+        lambda x0: x0 @ slope.to(x0.dtype),
+        levels=levels,
+        posterior=posterior,
+        generator=generator,
     )
     return answered(task, lambda condition: mixture.tilted(slope))
 
@@ -144,14 +144,13 @@ def mixture_one_observation(
     generator: Generator,
 ) -> Toy:
     """log r(x) = log N(y; operator x, noise) for one y, [m]; the data are draws of the prior."""
-    diffusion, prior = mixture_chain(mixture, levels, generator=generator)
-    task = Task(
-        name="mixture_one_observation",
-        diffusion=diffusion,
-        prior=prior,
-        posterior=posterior(prior, diffusion, 0),
-        log_reward=lambda x0, condition: log_likelihood(x0, operator, noise, y),
-        draw_conditions=prior_draws(mixture),
+    task = unconditional(
+        "mixture_one_observation",
+        mixture,
+        lambda x0: log_likelihood(x0, operator, noise, y),
+        levels=levels,
+        posterior=posterior,
+        generator=generator,
     )
     return answered(task, lambda condition: mixture.observed(operator, noise, y))
 
@@ -171,46 +170,15 @@ def mixture_reweighting(
     Where one mode alone is near, log r is its gain; in between it is smooth. `log_gain`: [n], minus
     infinity for a mode that must go.
     """
-    diffusion, prior = mixture_chain(mixture, levels, generator=generator)
-    task = Task(
-        name=name,
-        diffusion=diffusion,
-        prior=prior,
-        posterior=posterior(prior, diffusion, 0),
-        log_reward=lambda x0, condition: log_gain_at(mixture, log_gain, x0),
-        draw_conditions=prior_draws(mixture),
+    task = unconditional(
+        name,
+        mixture,
+        lambda x0: log_gain_at(mixture, log_gain, x0),
+        levels=levels,
+        posterior=posterior,
+        generator=generator,
     )
     return answered(task, lambda condition: mixture.reweighted(log_gain), errors)
-
-
-def weight_error(x0: Tensor, posterior: GaussianMixture) -> dict[str, float]:
-    """ "tv": total variation between mode weights found and exact, mean over rows.
-
-    A draw counts for each mode by its responsibility, not for the nearest: only so do exact draws
-    give the exact weights on average where modes overlap. n draws of m modes still leave a TV of
-    about 0.4 sqrt(m / n).
-    """
-    found = posterior.log_responsibilities(x0).exp().mean(-2)
-    return {"tv": float((found - posterior.weights).abs().sum(-1).mean() / 2)}
-
-
-def mode_errors(x0: Tensor, posterior: GaussianMixture) -> dict[str, float]:
-    """For modes far apart with one covariance sigma^2 I: counts of the nearest mode, and its shape.
-
-    "tv": total variation of mode frequencies, modes of weight zero included; "outside": share of
-    draws beyond 3 sigma of every mode (exp(-9/2) = 0.011 for exact draws in two dimensions);
-    "variance_ratio": mean squared distance from the nearest mode over the exact one.
-    """
-    nearest = posterior.nearest(x0)
-    counts = torch.nn.functional.one_hot(nearest, posterior.weights.shape[-1])
-    found = counts.double().mean(-2)
-    centre = posterior.means.take_along_dim(nearest[..., None], -2)
-    squared = (x0.double() - centre).square().sum(-1) / posterior.variances[0, 0]
-    return {
-        "tv": float((found - posterior.weights).abs().sum(-1).mean() / 2),
-        "outside": float((squared > 9).double().mean()),
-        "variance_ratio": float(squared.mean() / posterior.size),
-    }
 
 
 def answered(task: Task, answer: Answer, errors: Errors = weight_error) -> Toy:
@@ -226,13 +194,29 @@ def answered(task: Task, answer: Answer, errors: Errors = weight_error) -> Toy:
     )
 
 
-def prior_draws(mixture: GaussianMixture) -> DrawConditions:
-    """No conditions; independent draws of the mixture as data."""
+def unconditional(
+    name: str,
+    mixture: GaussianMixture,
+    log_reward: Callable[[Tensor], Tensor],
+    *,
+    levels: int,
+    posterior: PosteriorMaker,
+    generator: Generator,
+) -> Task:
+    """A task without conditions, whose data are independent draws of the mixture."""
+    diffusion, prior = mixture_chain(mixture, levels, generator=generator)
 
     def draw(n: int, *, generator: Generator) -> tuple[Condition, Tensor | None]:
         return None, mixture.sample(n, generator=generator).float()
 
-    return draw
+    return Task(
+        name=name,
+        diffusion=diffusion,
+        prior=prior,
+        posterior=posterior(prior, diffusion, 0),
+        log_reward=lambda x0, condition: log_reward(x0),
+        draw_conditions=draw,
+    )
 
 
 def measure(x: Tensor, operator: Tensor, noise: Tensor, *, generator: Generator) -> Tensor:

@@ -7,7 +7,8 @@ from torch import Generator, Tensor
 
 from rtb_rl.tasks.toy.answer import Toy
 from rtb_rl.tasks.toy.mixture import GaussianMixture
-from rtb_rl.tasks.toy.mixture_tasks import mixture_reweighting, mode_errors
+from rtb_rl.tasks.toy.mixture_tasks import mixture_reweighting
+from rtb_rl.tasks.toy.mode_errors import mode_errors
 from rtb_rl.tasks.toy.posterior import PosteriorMaker
 
 VARIANCE = 0.3

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Generator, Tensor, nn
@@ -21,17 +22,11 @@ LIMIT = 1.5
 
 def shared_spread(*, width: int = 64, blocks: int = 2, generator: Generator) -> PosteriorMaker:
     """The prior plus a small residual network; steps as wide as the prior's."""
+    residual = partial(ResidualMLP, width=width, blocks=blocks, generator=generator)
 
     def make(prior: nn.Module, diffusion: GaussianDiffusion, condition_size: int) -> Correction:
         size = math.prod(diffusion.event_shape)
-        network = ResidualMLP(
-            size,
-            diffusion.levels,
-            condition_size=condition_size,
-            width=width,
-            blocks=blocks,
-            generator=generator,
-        )
+        network = residual(size, diffusion.levels, condition_size=condition_size, output_size=size)
         return Correction(prior, network, diffusion)
 
     return make
@@ -39,19 +34,14 @@ def shared_spread(*, width: int = 64, blocks: int = 2, generator: Generator) -> 
 
 def learned_spread(*, width: int = 64, blocks: int = 2, generator: Generator) -> PosteriorMaker:
     """The prior plus a small residual network, which also scales the spread of each step."""
+    residual = partial(ResidualMLP, width=width, blocks=blocks, generator=generator)
 
     def make(
         prior: nn.Module, diffusion: GaussianDiffusion, condition_size: int
     ) -> ScaledCorrection:
         size = math.prod(diffusion.event_shape)
-        network = ResidualMLP(
-            size,
-            diffusion.levels,
-            condition_size=condition_size,
-            width=width,
-            blocks=blocks,
-            output_size=2 * size,
-            generator=generator,
+        network = residual(
+            size, diffusion.levels, condition_size=condition_size, output_size=2 * size
         )
         return ScaledCorrection(prior, network, diffusion)
 
@@ -64,6 +54,7 @@ def mixture_posterior(*, width: int = 64, blocks: int = 2, generator: Generator)
     What a fine-tuned copy of a pretrained network has from the start, its features, an analytic
     denoiser can only hand over; from the bare point a small network learns modes slowly.
     """
+    residual = partial(ResidualMLP, width=width, blocks=blocks, generator=generator)
 
     def make(
         prior: nn.Module, diffusion: GaussianDiffusion, condition_size: int
@@ -74,29 +65,25 @@ def mixture_posterior(*, width: int = 64, blocks: int = 2, generator: Generator)
                 " learned_spread"
             )
         size = math.prod(diffusion.event_shape)
-        network = ResidualMLP(
-            size + prior.denoiser.means.shape[0],
-            diffusion.levels,
-            condition_size=condition_size,
-            width=width,
-            blocks=blocks,
-            output_size=2 * size,
-            generator=generator,
+        inputs = size + prior.denoiser.means.shape[0]
+        network = residual(
+            inputs, diffusion.levels, condition_size=condition_size, output_size=2 * size
         )
-        return MixtureCorrection(prior, network, diffusion)
+        return MixtureCorrection(prior, network)
 
     return make
 
 
 class MixtureCorrection(nn.Module):
-    """`ScaledCorrection` by a network of the point and the mixture's responsibilities."""
+    """A mixture's steps, corrected by a network of the point and the responsibilities.
 
-    noise: Tensor
+    It moves the predicted x_0 by multiples of the standard deviation that x_0 has given x, and
+    scales the spread of the step.
+    """
 
-    def __init__(self, prior: MixtureSteps, network: nn.Module, diffusion: GaussianDiffusion):
+    def __init__(self, prior: MixtureSteps, network: nn.Module):
         super().__init__()
         self.prior, self.network = prior, network
-        self.register_buffer("noise", diffusion.noise.flatten(1).float(), persistent=False)
 
     def forward(self, x: Tensor, level: Tensor, condition: Condition) -> ScaledPrediction:
         with torch.no_grad():
