@@ -19,15 +19,16 @@ PROGRAMS = {"agents", "benchmarks"}
 
 # importer -> the rooms of rtb_rl (or single modules) that it may import, beside `errors`;
 # "" is rtb_rl/__init__.py
-LIBRARY = {"core", "nn", "training", "adapters", "rl", "tasks", "exactness"}
+LIBRARY = {"core", "nn", "training", "adapters", "baselines", "rl", "tasks", "exactness"}
 MAY_IMPORT = {
     "": {"core", "nn", "training", "rl"},
     "core": {"core"},
     "nn": {"nn", "core"},
     "training": {"training", "core"},
     "adapters": {"adapters", "core"},
+    "baselines": {"baselines", "training", "core"},
     "rl": {"rl", "nn", "training", "core"},
-    "tasks": {"tasks", "nn", "adapters", "training.task", "core"},
+    "tasks": {"tasks", "nn", "adapters", "training", "core"},
     "exactness": {"exactness", "tasks", "nn", "training", "core"},
     "cli": {"rl", "tasks"},
     "errors": set(),
@@ -219,7 +220,8 @@ EXAMPLES = {
             "rl: from rtb_rl import Sampler",
             "rl: import rtb_rl; rtb_rl.Sampler",
             "rl: def f(): import rtb_rl.agents.iql",
-            "tasks: from rtb_rl.training.run import Run",
+            "tasks: from rtb_rl.baselines import dps",
+            "baselines: from rtb_rl.nn import MLP",
             "agents: from agents.iql import main",
             "agents: from . import iql",
         ],

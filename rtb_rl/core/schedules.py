@@ -12,7 +12,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Schedule:
-    """Signal at levels 0..K, float64, strictly decreasing from 1; noise = sqrt(1 - signal^2)."""
+    """Signal at levels 0..K, float64, strictly decreasing; noise = sqrt(1 - signal^2).
+
+    Level 0 is what the chain delivers: signal 1, or a little less where a foreign scheduler stops
+    short of clean data.
+    """
 
     signal: Tensor
 
@@ -23,9 +27,9 @@ class Schedule:
                 f"a schedule needs signals at levels 0..K with K >= 1, not shape "
                 f"{tuple(signal.shape)}"
             )
-        if signal[0] != 1 or signal[-1] < 0 or not bool((signal.diff() < 0).all()):
+        if not 0 < signal[0] <= 1 or signal[-1] < 0 or not bool((signal.diff() < 0).all()):
             raise ValueError(
-                "signal must start at 1 (level 0 is clean data), strictly decrease and stay >= 0"
+                "signal must start at 1, or a little less, strictly decrease and stay >= 0"
             )
 
     @property

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from rtb_rl.rl.critic import Critic, IQLCritic, ValueCritic
-from rtb_rl.rl.dataset import TransitionDataset
+from rtb_rl.rl.dataset import TransitionDataset, data_facts
 from rtb_rl.rl.gaussian_policy import AdvantageWeightedRegression, GaussianPolicy
 from rtb_rl.rl.iql import IQL
 from rtb_rl.rl.scores import antmaze_rewards, published_return_scale, return_scale
-from rtb_rl.rl.stage import complete, data_facts, device_for_training, fingerprint
 from rtb_rl.training.loop import train
 from rtb_rl.training.run import Run
 from rtb_rl.training.seeding import GeneratorState, generator_for
+from rtb_rl.training.stage import complete, device_for_training, fingerprint
 
 
 @dataclass(frozen=True)

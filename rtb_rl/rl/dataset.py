@@ -229,3 +229,17 @@ def _interval(low: np.ndarray, high: np.ndarray) -> str:
     if (low == low[0]).all() and (high == high[0]).all():
         return f"[{low[0]:g}, {high[0]:g}]"
     return f"[{low.tolist()}, {high.tolist()}]"
+
+
+def data_facts(dataset: TransitionDataset) -> dict[str, Any]:
+    """What a run must know of its data to be continued, or loaded without it."""
+    return {
+        "dataset": dataset.name,
+        "data_sha256": dataset.sha256,
+        "env_id": dataset.env_id,
+        "reference_returns": dataset.reference_returns,
+        "observation_size": dataset.observation_size,
+        "action_size": dataset.action_size,
+        "action_low": dataset.action_low.tolist(),
+        "action_high": dataset.action_high.tolist(),
+    }

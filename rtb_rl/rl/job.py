@@ -14,12 +14,11 @@ from rtb_rl.rl.budget import Budget, BudgetName, budget_for, read_tuning
 from rtb_rl.rl.collect import collect
 from rtb_rl.rl.critic import Critic, check_critic, load_critic
 from rtb_rl.rl.critic_training import fit_critic, scaled_for_critic
-from rtb_rl.rl.dataset import TransitionDataset, check_spaces
+from rtb_rl.rl.dataset import TransitionDataset, check_spaces, data_facts
 from rtb_rl.rl.environments import make_environment
 from rtb_rl.rl.readers import load_dataset
 from rtb_rl.rl.report import StatePanel, draw_figure, evaluate_methods, print_table
 from rtb_rl.rl.saved import load_policy
-from rtb_rl.rl.stage import data_facts
 from rtb_rl.rl.summary import summarise
 from rtb_rl.training.diagnostics import trust
 from rtb_rl.training.run import Run

@@ -11,9 +11,8 @@ from rtb_rl.core import ConditionalLogZ, GroupMeanLogZ, huber, rtb
 from rtb_rl.errors import InputError
 from rtb_rl.nn import MLP, LangevinDenoiser, LearnedSpread
 from rtb_rl.rl.critic import Critic, check_critic
-from rtb_rl.rl.dataset import TransitionDataset
+from rtb_rl.rl.dataset import TransitionDataset, data_facts
 from rtb_rl.rl.prior import ActionDiffusion
-from rtb_rl.rl.stage import complete, data_facts, fingerprint
 from rtb_rl.rl.task import critic_gradient, offline_rl_task
 from rtb_rl.training.diagnostics import diagnose
 from rtb_rl.training.finetune import Finetuner
@@ -22,6 +21,7 @@ from rtb_rl.training.mix import LearnedLogZ
 from rtb_rl.training.run import Run
 from rtb_rl.training.seeding import generator_for
 from rtb_rl.training.settings import FinetuneSettings
+from rtb_rl.training.stage import complete, fingerprint
 
 LOG_EVERY = 20
 CHECKPOINT_EVERY = 200

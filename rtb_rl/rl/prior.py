@@ -16,12 +16,12 @@ from rtb_rl.core import (
 )
 from rtb_rl.core.gaussian import calibrated_spread, small_spread
 from rtb_rl.nn import ResidualMLP
-from rtb_rl.rl.dataset import TransitionDataset
-from rtb_rl.rl.stage import complete, data_facts, device_for_training
+from rtb_rl.rl.dataset import TransitionDataset, data_facts
 from rtb_rl.training.loop import train
 from rtb_rl.training.pretrain import Pretrainer, PretrainSettings
 from rtb_rl.training.run import Run
 from rtb_rl.training.seeding import generator_for
+from rtb_rl.training.stage import complete, device_for_training
 
 CALIBRATION_ROWS = 20_000
 

@@ -17,8 +17,8 @@ from rtb_rl.rl.policy import DiffusionPolicy
 from rtb_rl.rl.posterior import posterior_model
 from rtb_rl.rl.prior import ActionDiffusion, ActionNetwork
 from rtb_rl.rl.readers import load_dataset
-from rtb_rl.rl.stage import load_weights
 from rtb_rl.training.seeding import generator_for
+from rtb_rl.training.stage import load_weights
 
 METHODS = ("prior", "iql", "best_of_n", "rtb")
 

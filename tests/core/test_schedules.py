@@ -117,7 +117,8 @@ def test_signal_noise_and_step_variance_agree(make, levels, zero_terminal):
     [
         [1.0],
         [[1.0, 0.5]],
-        [0.9, 0.5],
+        [0.0, -0.5],
+        [1.1, 0.5],
         [1.0, 0.5, 0.5],
         [1.0, 0.5, 0.6],
         [1.0, -0.1],
@@ -139,3 +140,16 @@ def test_too_few_levels_for_a_linear_schedule(levels):
 def test_zero_terminal_signal_needs_two_levels():
     with pytest.raises(ValueError, match="two levels"):
         zero_terminal_signal(vp_schedule(1))
+
+
+def test_a_chain_that_stops_short_of_clean_data_keeps_that_noise():
+    """The step from level 1 to a slightly noisy level 0 is Bayes' rule at the predicted x_0."""
+    signal = torch.tensor([0.99, 0.8, 0.1], dtype=torch.float64)
+    schedule = Schedule(signal)
+    diffusion = GaussianDiffusion(schedule, (1,), torch.ones(2), dtype=torch.float64)
+    ratio = 0.8 / 0.99
+    precision = 1 / (1 - 0.99**2) + ratio**2 / (1 - ratio**2)
+    expected = (0.99 * 0.3 / (1 - 0.99**2) + ratio * 0.5 / (1 - ratio**2)) / precision
+    x, x0 = (torch.tensor([[v]], dtype=torch.float64) for v in (0.5, 0.3))
+    mean = diffusion.kernel(x0, x, torch.tensor([1])).mean
+    assert mean.item() == pytest.approx(expected, rel=1e-12)

@@ -1,8 +1,7 @@
-"""A stage of offline RL: one module fitted in a directory of its own.
+"""A stage of a job: one module fitted in a directory of its own.
 
 It is skipped when complete, resumed when it was interrupted, and refused when the directory was
-made with another configuration. `data_facts` ties it to its data, `fingerprint` to the stages
-before it.
+made with another configuration. `fingerprint` ties it to the stages before it.
 """
 
 import hashlib
@@ -16,25 +15,10 @@ from safetensors.torch import load, save
 from torch import nn
 
 from rtb_rl.errors import CheckpointError
-from rtb_rl.rl.dataset import TransitionDataset
 from rtb_rl.training.checkpoint import replace_file
 from rtb_rl.training.run import Run
 
 WEIGHTS = "model.safetensors"
-
-
-def data_facts(dataset: TransitionDataset) -> dict[str, Any]:
-    """What a run must know of its data to be continued, or loaded without it."""
-    return {
-        "dataset": dataset.name,
-        "data_sha256": dataset.sha256,
-        "env_id": dataset.env_id,
-        "reference_returns": dataset.reference_returns,
-        "observation_size": dataset.observation_size,
-        "action_size": dataset.action_size,
-        "action_low": dataset.action_low.tolist(),
-        "action_high": dataset.action_high.tolist(),
-    }
 
 
 def device_for_training() -> torch.device:

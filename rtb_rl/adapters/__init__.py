@@ -1,0 +1,1 @@
+"""Foreign models as priors and posteriors; each file needs its extra."""

@@ -1,0 +1,1 @@
+"""Image posteriors: classifier guidance and inverse problems."""
