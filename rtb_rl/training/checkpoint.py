@@ -59,12 +59,19 @@ def save_checkpoint(
     return target
 
 
-def load_checkpoint(directory: Path, warn: Callable[[str], None]) -> tuple[int, dict] | None:
-    """(step, {part: state}) of the newest whole checkpoint; None where there is none at all.
+def load_checkpoint(
+    directory: Path, warn: Callable[[str], None], *, at_most: int | None = None
+) -> tuple[int, dict] | None:
+    """(step, {part: state}) of the newest whole checkpoint, of step `at_most` or before; None where
+    there is none at all.
 
     Calls `warn` for each damaged one passed over. Raises CheckpointError when all are damaged.
     """
-    found = _checkpoints(directory)
+    found = [
+        path
+        for path in _checkpoints(directory)
+        if at_most is None or int(path.name.removeprefix("step_")) <= at_most
+    ]
     for path in reversed(found):
         try:
             return _read(path)

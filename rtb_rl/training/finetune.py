@@ -19,7 +19,7 @@ from rtb_rl.core.protocols import Objective
 from rtb_rl.errors import NonFiniteError
 from rtb_rl.training.checkpoint import Stateful
 from rtb_rl.training.diagnostics import posterior_bounds
-from rtb_rl.training.ema import Average
+from rtb_rl.training.ema import Average, TrainedState
 from rtb_rl.training.mix import LearnedLogZ, check_mix
 from rtb_rl.training.paths import Part, PathSource, merge
 from rtb_rl.training.seeding import GeneratorState
@@ -29,6 +29,9 @@ from rtb_rl.training.task import Task
 
 class Finetuner:
     """Trains `task.posterior` towards prior * r^beta; `average.module` is the result.
+
+    With an `accelerator` of several processes each draws paths of its own and gradients are
+    averaged; give each a generator of its own.
 
     `objective` is trajectory balance unless given; those of `core.alternatives` that are gradients
     of an expectation over the posterior need a mix of on-policy paths alone. Raises InputError for
@@ -69,7 +72,7 @@ class Finetuner:
         ratio.requires_grad_()
         weight = log_weight(log_reward, ratio.detach(), beta)
         if step == 0:
-            self.log_z.start_at(weight)
+            self.log_z.start_at(self._of_all_processes(weight))
         log_z = self.log_z(paths.condition, weight)
         loss = self.objective(log_z, ratio, log_reward, beta)
         log_z = log_z.detach().clone()  # of this update: a scalar shares the parameter's memory
@@ -116,6 +119,13 @@ class Finetuner:
             return None
         return random_levels(self.task.diffusion.levels, count, batch, generator=self.generator)
 
+    def _of_all_processes(self, values: Tensor) -> Tensor:
+        if self.accelerator is None:
+            return values
+        gathered = self.accelerator.gather(values)
+        assert isinstance(gathered, Tensor)
+        return gathered
+
     def _average_over_processes(self) -> None:
         if self.accelerator is None or self.accelerator.num_processes == 1:
             return
@@ -129,7 +139,7 @@ class Finetuner:
     def parts(self) -> dict[str, Stateful]:
         """All that a checkpoint must hold."""
         return {
-            "posterior": self.task.posterior,
+            "posterior": TrainedState(self.task.posterior),
             "average": self.average,
             "log_z": self.log_z,
             "optimiser": self.optimiser,

@@ -41,18 +41,21 @@ def train(
     description: str,
     log_every: int = 100,
     checkpoint_every: int = 2000,
+    agree: Callable[[int], int] = lambda step: step,
+    observe: Callable[[int], None] | None = None,
 ) -> float:
     """Call `update(step)` for steps 0..steps - 1 from the newest checkpoint on; the seconds it
     took.
 
     `parts` must hold all that changes: weights, averages, optimisers, memories and generators. Then
-    a run that was killed ends like one that was not, to the last bit on a CPU. Raises
+    a run that was killed ends like one that was not, to the last bit on a CPU. `observe` is called
+    with the number of steps done whenever metrics are logged; `agree` as in `Run.restore`. Raises
     NonFiniteError when a logged metric is NaN or infinite, before a checkpoint could hold what made
     it so.
     """
     clock = Clock()
     parts = {**parts, "clock": clock}
-    start = run.restore(parts)
+    start = run.restore(parts, agree=agree)
     with progress(description, steps, start=start) as show:
         for step in range(start, steps):
             try:
@@ -65,6 +68,8 @@ def train(
                 values = _finite(run, step, metrics)
                 if logs:
                     run.log(done, values)
+                if logs and observe is not None:
+                    observe(done)
                 if saves or done == steps:
                     run.save(done, parts)
                 show(done, _note(values))

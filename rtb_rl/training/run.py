@@ -7,7 +7,7 @@ import math
 import platform
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 import rtb_rl
-from rtb_rl.errors import InputError
+from rtb_rl.errors import CheckpointError, InputError
 from rtb_rl.training.checkpoint import Stateful, load_checkpoint, replace_file, save_checkpoint
 
 PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "minari", "h5py", "safetensors", "accelerate")
@@ -106,23 +106,38 @@ class Run:
         """Checkpoint the parts as of `step`."""
         save_checkpoint(self.directory / "checkpoints", step, parts)
 
-    def restore(self, parts: Mapping[str, Stateful]) -> int:
+    def restore(
+        self, parts: Mapping[str, Stateful], *, agree: Callable[[int], int] = lambda step: step
+    ) -> int:
         """Load the newest whole checkpoint into the parts; the step it was made at, 0 for none.
 
-        Metrics logged after that step are dropped: they will be logged again.
+        `agree` makes one step of those that several processes found: the first. Metrics logged
+        after that step are dropped: they will be logged again.
         """
-        console = Console(stderr=True)
-        loaded = load_checkpoint(
-            self.directory / "checkpoints",
-            warn=lambda text: console.print(f"warning: {text}", highlight=False),
-        )
-        step = 0
-        if loaded is not None:
+        loaded = self._load()
+        step = loaded[0] if loaded else 0
+        agreed = agree(step)
+        if agreed != step:
+            step, loaded = agreed, self._load(at_most=agreed)
+            if agreed and (loaded is None or loaded[0] != agreed):
+                raise CheckpointError(
+                    f"the processes have no checkpoint in common: step {agreed} is missing in"
+                    f" {self.directory}; remove the checkpoints of all of them to start again"
+                )
+        if loaded is not None and step:
             step, states = loaded
             for name, part in parts.items():
                 part.load_state_dict(states[name])
         self._drop_metrics_after(step)
         return step
+
+    def _load(self, *, at_most: int | None = None) -> tuple[int, dict] | None:
+        console = Console(stderr=True)
+        return load_checkpoint(
+            self.directory / "checkpoints",
+            warn=lambda text: console.print(f"warning: {text}", highlight=False),
+            at_most=at_most,
+        )
 
     def _drop_metrics_after(self, step: int) -> None:
         path = self.directory / "metrics.jsonl"

@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 from rtb_rl.errors import CheckpointError
-from rtb_rl.training.checkpoint import replace_file
+from rtb_rl.training.checkpoint import Stateful, replace_file
 from rtb_rl.training.run import Run
 
 WEIGHTS = "model.safetensors"
@@ -26,21 +26,25 @@ def device_for_training() -> torch.device:
     return Accelerator().device
 
 
-def complete(run: Run, module: nn.Module, fit: Callable[[], dict[str, Any]]) -> None:
+def complete(
+    run: Run, module: nn.Module, fit: Callable[[], dict[str, Any]], *, part: Stateful | None = None
+) -> None:
     """Fit the module, or load it where the run has results; afterwards it is frozen.
 
-    `fit` trains it in place and returns the results to keep.
+    `fit` trains it in place and returns the results to keep. `part` is what of it is written and
+    read: all, or the TrainedState of a module whose frozen rest is loaded elsewhere.
     """
+    part = part or module
     if run.results is None:
         results = fit()
-        data = save(_tensors(module))
+        data = save(_tensors(part))
         replace_file(run.directory / WEIGHTS, data)
         run.finish({**results, "sha256": hashlib.sha256(data).hexdigest()})
-    load_weights(run.directory, module)
+    load_weights(run.directory, part)
     module.requires_grad_(False).eval()
 
 
-def load_weights(directory: Path, module: nn.Module) -> None:
+def load_weights(directory: Path, module: Stateful) -> None:
     """Load a complete stage's weights into a module of the same shape.
 
     Raises CheckpointError where the file is missing, damaged or of another shape.
@@ -62,5 +66,5 @@ def fingerprint(part: object) -> str:
     return f"{type(part).__module__}.{type(part).__qualname__}"
 
 
-def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+def _tensors(module: Stateful) -> dict[str, torch.Tensor]:
     return {name: tensor.cpu().contiguous() for name, tensor in module.state_dict().items()}
