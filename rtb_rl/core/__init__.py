@@ -51,7 +51,7 @@ from rtb_rl.core.parameterization import NoisePrediction, ScorePrediction, Veloc
 from rtb_rl.core.protocols import Denoiser, Diffusion, Kernel, LogReward, LogZ, Objective
 from rtb_rl.core.replay import SampleReplay
 from rtb_rl.core.reveals import FixedOrder, IndependentReveals, RandomOrder, RevealLaw
-from rtb_rl.core.sampler import ResampledSampler, Sampler
+from rtb_rl.core.sampler import ResampledSampler, Sampler, systematic_resampling
 from rtb_rl.core.schedules import (
     MaskingSchedule,
     Schedule,
@@ -126,6 +126,7 @@ __all__ = [
     "rtb",
     "rtb_loss",
     "square",
+    "systematic_resampling",
     "trust_pcl_loss",
     "vp_schedule",
     "zero_terminal_signal",

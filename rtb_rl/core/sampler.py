@@ -68,14 +68,18 @@ class ResampledSampler:
                 f"only {effective:.1f} of {drawn} candidates are effective, fewer than the {n}"
                 " draws asked for; give more candidates, or train the posterior longer"
             )
-        index = _systematic(weight.softmax(1), n, generator=generator)
+        index = systematic_resampling(weight.softmax(1), n, generator=generator)
         event = paths.x0.shape[1:]
         kept = paths.x0.reshape(rows, drawn, *event)[torch.arange(rows)[:, None], index]
         return kept[0] if condition is None else kept
 
 
-def _systematic(weights: Tensor, n: int, *, generator: Generator) -> Tensor:
-    """`n` indices a row by systematic resampling, in random order: [rows, n]."""
+def systematic_resampling(weights: Tensor, n: int, *, generator: Generator) -> Tensor:
+    """`n` indices for each row of `weights` [rows, m], in random order: int64 [rows, n].
+
+    One uniform number a row places n evenly spaced points on the cumulated weights, so that an
+    index of weight w (a row sums to one) comes floor(n w) or ceil(n w) times.
+    """
     rows, device = len(weights), weights.device
     offset = torch.rand((rows, 1), generator=generator, device=device, dtype=weights.dtype)
     points = (torch.arange(n, device=device) + offset) / n

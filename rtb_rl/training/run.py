@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 import rtb_rl
 from rtb_rl.errors import CheckpointError, InputError
@@ -101,6 +102,10 @@ class Run:
     def log_figure(self, step: int, name: str, figure: Any) -> None:
         """A matplotlib figure to TensorBoard."""
         self._tensorboard(step).add_figure(name, figure, step)
+
+    def log_images(self, step: int, name: str, images: Tensor) -> None:
+        """A grid of images [n, C, H, W] in [0, 1] to TensorBoard."""
+        self._tensorboard(step).add_images(name, images.cpu(), step)
 
     def save(self, step: int, parts: Mapping[str, Stateful]) -> None:
         """Checkpoint the parts as of `step`."""

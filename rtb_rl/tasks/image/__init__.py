@@ -1,1 +1,39 @@
 """Image posteriors: classifier guidance and inverse problems."""
+
+from rtb_rl.tasks.image.classifier import ClassifierSettings, fit_classifier, load_classifier
+from rtb_rl.tasks.image.images import ImageDataset, load_images, to_images, to_model_space
+from rtb_rl.tasks.image.job import ImageJob, ImageSettings, open_image_job
+from rtb_rl.tasks.image.posterior import ImagePosterior, PosteriorSettings, fit_posterior
+from rtb_rl.tasks.image.prior import PriorSettings, fit_prior, foreign_prior, prior_draws
+from rtb_rl.tasks.image.target import (
+    ImageTarget,
+    class_target,
+    every_class_target,
+    measurement_target,
+    reward_target,
+)
+
+__all__ = [
+    "ClassifierSettings",
+    "ImageDataset",
+    "ImageJob",
+    "ImagePosterior",
+    "ImageSettings",
+    "ImageTarget",
+    "PosteriorSettings",
+    "PriorSettings",
+    "class_target",
+    "every_class_target",
+    "fit_classifier",
+    "fit_posterior",
+    "fit_prior",
+    "foreign_prior",
+    "load_classifier",
+    "load_images",
+    "measurement_target",
+    "open_image_job",
+    "prior_draws",
+    "reward_target",
+    "to_images",
+    "to_model_space",
+]

@@ -1,0 +1,115 @@
+"""Unconditional diffusers pipelines as priors, and posteriors as such pipelines."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from rtb_rl.adapters.extras import extra
+from rtb_rl.adapters.schedulers import (
+    Scheduler,
+    ddpm_scheduler,
+    diffusion_from_scheduler,
+    scheduler_grid,
+)
+from rtb_rl.adapters.unets import denoiser_from_unet
+from rtb_rl.core import GaussianDiffusion, Sampler
+from rtb_rl.errors import InputError
+
+with extra("image"):
+    from diffusers.models.unets.unet_2d import UNet2DModel
+    from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
+
+PIPELINES = ("DDPMPipeline", "DDIMPipeline")
+
+
+@dataclass(frozen=True)
+class PipelinePrior:
+    """A pipeline with its chain and its denoiser, whose U-Net is the pipeline's own.
+
+    `precision`: the dtype that the network is evaluated in; None: that of its weights.
+    """
+
+    diffusion: GaussianDiffusion
+    denoiser: nn.Module
+    pipeline: DDPMPipeline
+    precision: torch.dtype | None = None
+
+    @property
+    def sampler(self) -> Sampler:
+        return Sampler(self.diffusion, self.denoiser)
+
+
+def load_pipeline(source: str | Path) -> DDPMPipeline:
+    """The unconditional DDPM or DDIM pipeline in a folder, or on the hub under an id.
+
+    Its scheduler is as published: see `open_pipeline` for those that are refused. Raises InputError
+    where there is no pipeline, or one of another kind.
+    """
+    try:
+        index = DDPMPipeline.load_config(str(source))
+        assert isinstance(index, dict)
+        if (kind := index.get("_class_name")) in PIPELINES:
+            return DDPMPipeline.from_pretrained(str(source))
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"no diffusers pipeline can be read from {str(source)!r}: give a folder that"
+            " save_pretrained wrote, or the id of a pipeline on the hub and a network connection"
+            f" ({reason})"
+        ) from error
+    raise InputError(
+        f"{str(source)!r} holds a {kind}, not an unconditional pipeline; give one of"
+        f" {', '.join(PIPELINES)}"
+    )
+
+
+def open_pipeline(
+    pipeline: DDPMPipeline,
+    *,
+    levels: int,
+    last_std: float | None = None,
+    precision: torch.dtype | None = None,
+) -> PipelinePrior:
+    """The chain of `levels` steps that the pipeline runs, with densities, and its denoiser.
+
+    For a network and a scheduler at hand, give `DDPMPipeline(unet, scheduler)`.
+    `last_std` as in `diffusion_from_scheduler`, whose InputErrors it raises; `precision` as in
+    UNetDenoiser.
+    """
+    unet, scheduler = pipeline.unet, pipeline.scheduler
+    size = unet.config["sample_size"]
+    if size is None:
+        raise InputError("this U-Net has no sample_size; set it with unet.register_to_config(...)")
+    shape = (unet.config["out_channels"], *((size, size) if isinstance(size, int) else size))
+    diffusion = diffusion_from_scheduler(scheduler, shape, levels=levels, last_std=last_std)
+    grid = scheduler_grid(scheduler, levels)
+    denoiser = denoiser_from_unet(unet, scheduler, grid, precision=precision)
+    return PipelinePrior(diffusion, denoiser, pipeline, precision)
+
+
+def save_pipeline(
+    directory: str | Path, unet: UNet2DModel, scheduler: Scheduler, *, card: str
+) -> None:
+    """Write an ordinary DDPMPipeline folder with `card` as its README.md.
+
+    `DDPMPipeline.from_pretrained(directory)(num_inference_steps=levels)` draws the paths of
+    `core.rollout` for the same generator, but for the noise of the last step where the scheduler
+    adds none. Replaces a pipeline that is there; raises InputError rather than any other folder.
+    """
+    directory = Path(directory)
+    if any(".lora_A." in name for name in unet.state_dict()):
+        raise InputError(
+            "this U-Net has LoRA layers; save merged(unet) of rtb_rl.adapters.lora instead"
+        )
+    if directory.exists() and not (directory / "model_index.json").is_file():
+        raise InputError(f"{directory} exists and is no pipeline; give a new directory")
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    DDPMPipeline(unet, ddpm_scheduler(scheduler)).save_pretrained(partial)
+    (partial / "README.md").write_text(card, encoding="utf-8")
+    if directory.exists():
+        shutil.rmtree(directory)
+    partial.rename(directory)

@@ -1,0 +1,78 @@
+"""What every training-free method returns, and the counting of what it cost."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rtb_rl.core import Denoiser, LogReward
+from rtb_rl.core.protocols import Condition
+from rtb_rl.errors import InputError, NonFiniteError
+from rtb_rl.training.scoring import LOG_REWARD_FLOOR
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Delivered points and their price.
+
+    `x0`: [rows, n, *event], without condition [n, *event]. `calls`: network forward passes spent
+    for each delivered draw; a backward pass counts as two more. Where the method has them: `log_z`
+    [rows], an estimate of log Z in nats, and `ess` [rows], the effective share of the weighted
+    points that the draws were taken from, between 0 and 1; one row without condition.
+    """
+
+    x0: Tensor
+    calls: float
+    log_z: Tensor | None = None
+    ess: Tensor | None = None
+
+
+class CountedDenoiser:
+    """A denoiser that counts its work: one call for each row, two more for each row of a backward
+    pass through it.
+    """
+
+    def __init__(self, denoiser: Denoiser):
+        self.denoiser, self.calls = denoiser, 0
+
+    def __call__(self, x: Tensor, level: Tensor, condition: Condition) -> Any:
+        self.calls += len(x)
+        prediction = self.denoiser(x, level, condition)
+        first = prediction[0] if isinstance(prediction, tuple) else prediction
+        if first.requires_grad:
+            first.register_hook(self._count_backward)
+        return prediction
+
+    def _count_backward(self, gradient: Tensor) -> None:
+        self.calls += 2 * len(gradient)
+
+
+def tempered(log_reward: LogReward, beta: float) -> LogReward:
+    """beta log r, nats: [batch]; minus infinity counts as the floor of training.
+
+    Differentiable where log r is. InputError for another shape than [batch], NonFiniteError for NaN
+    or plus infinity.
+    """
+
+    def checked(x0: Tensor, condition: Condition) -> Tensor:
+        values = log_reward(x0, condition)
+        if values.shape != (len(x0),):
+            raise InputError(
+                f"log_reward returned {tuple(values.shape)} for {len(x0)} points; return one number"
+                f" a point, shape ({len(x0)},)"
+            )
+        bad = values.isnan() | (values == torch.inf)
+        if bool(bad.any()):
+            raise NonFiniteError(
+                f"log_reward is NaN or +inf at {int(bad.sum())} of {len(x0)} points; return finite"
+                " log r in nats, or -inf where a point is impossible"
+            )
+        return beta * values.clamp(min=LOG_REWARD_FLOOR)
+
+    return checked
+
+
+def as_rows(x0: Tensor, condition: Condition, n: int) -> Tensor:
+    """Points [rows * n, *event] as `Draws.x0` has them."""
+    return x0 if condition is None else x0.reshape(-1, n, *x0.shape[1:])

@@ -1,0 +1,264 @@
+"""Fitting an image posterior: a stage that leaves an ordinary diffusers pipeline."""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Generator, Tensor
+
+from rtb_rl.adapters.extras import extra
+from rtb_rl.adapters.lora import WithoutLora, add_lora
+from rtb_rl.adapters.pipelines import PipelinePrior
+from rtb_rl.adapters.schedulers import scheduler_grid
+from rtb_rl.adapters.unets import denoiser_from_unet
+from rtb_rl.core import Sampler, huber, rollout, rtb
+from rtb_rl.errors import InputError
+from rtb_rl.tasks.image.export import export_posterior
+from rtb_rl.tasks.image.images import to_images
+from rtb_rl.tasks.image.target import ImageTarget
+from rtb_rl.training.calls import NetworkCalls
+from rtb_rl.training.checkpoint import Stateful
+from rtb_rl.training.diagnostics import diagnose
+from rtb_rl.training.ema import TrainedState
+from rtb_rl.training.finetune import Finetuner
+from rtb_rl.training.loop import train
+from rtb_rl.training.mix import Mix
+from rtb_rl.training.processes import first_of_all, own_directory, own_name
+from rtb_rl.training.run import Run
+from rtb_rl.training.scoring import score
+from rtb_rl.training.seeding import generator_for
+from rtb_rl.training.settings import FinetuneSettings
+from rtb_rl.training.stage import complete, fingerprint
+from rtb_rl.training.task import Task
+
+with extra("image"):
+    from diffusers.models.unets.unet_2d import UNet2DModel
+
+GRID = 64  # images of a grid in TensorBoard
+
+
+@dataclass(frozen=True)
+class PosteriorSettings:
+    """How an image posterior is trained."""
+
+    finetune: FinetuneSettings = field(
+        default_factory=lambda: FinetuneSettings(
+            updates=300,
+            beta_warmup=50,
+            conditions=64,
+            mix=Mix(on_policy=1, data=0),
+            levels_per_path=10,
+            chunk=256,
+            learning_rate=3e-4,
+            log_z_learning_rate=0.05,
+            average_decay=0.98,
+        )
+    )
+    huber_threshold: float | None = 5.0
+    """Residuals beyond it, in nats, are penalised linearly; None: squared throughout."""
+    lora_rank: int | None = None
+    """Rank of adapters on the attention of the prior's own network; None: all weights of a copy."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    diagnostic_rows: int = 10
+    """Conditions of the final diagnostics, for a target that has them."""
+    diagnostic_samples: int = 500
+    """Draws for each."""
+    log_every: int = 10
+    grid_every: int = 50
+    """Updates between grids of samples in TensorBoard."""
+
+
+class Trainer(Protocol):
+    """What trains a posterior: the fine-tuner, or a baseline."""
+
+    average: Any
+
+    def update(self, step: int) -> Mapping[str, Tensor | float]: ...
+
+    @property
+    def parts(self) -> dict[str, Stateful]: ...
+
+
+MakeTrainer = Callable[[Task, ImageTarget, PosteriorSettings, Generator, Accelerator], Trainer]
+
+
+@dataclass(frozen=True)
+class ImagePosterior:
+    """A posterior with what it was made from; `results` are those of its run."""
+
+    task: Task
+    unet: UNet2DModel
+    results: Mapping[str, Any]
+
+    @property
+    def sampler(self) -> Sampler:
+        return Sampler(self.task.diffusion, self.task.posterior)
+
+
+def relative_trajectory_balance(
+    task: Task,
+    target: ImageTarget,
+    settings: PosteriorSettings,
+    generator: Generator,
+    accelerator: Accelerator,
+) -> Finetuner:
+    """The default trainer."""
+    threshold = settings.huber_threshold
+    return Finetuner(
+        task,
+        target.log_z(settings.finetune.mix.total),
+        settings.finetune,
+        generator=generator,
+        objective=rtb() if threshold is None else rtb(huber(threshold)),
+        accelerator=accelerator,
+    )
+
+
+def posterior_task(
+    prior: PipelinePrior, target: ImageTarget, settings: PosteriorSettings, *, seed: int
+) -> tuple[Task, UNet2DModel]:
+    """The task of a target, and the U-Net that is trained; it starts as the prior.
+
+    InputError for adapters where the target needs inputs that the prior's network lacks.
+    """
+    unet, scheduler = prior.pipeline.unet, prior.pipeline.scheduler
+    grid = scheduler_grid(scheduler, prior.diffusion.levels)
+    adapted = settings.lora_rank is not None
+    if adapted and target.is_conditional:
+        raise InputError(
+            f"the target {target.name!r} has conditions that the prior's network has no input for,"
+            " and adapters add none; leave lora_rank out"
+        )
+    trained = _view(unet) if adapted else target.widen(unet)
+    trained.requires_grad_(not adapted)
+    if settings.lora_rank is not None:
+        add_lora(trained, rank=settings.lora_rank, generator=generator_for(seed, "lora"))
+    if settings.gradient_checkpointing:
+        trained.enable_gradient_checkpointing()
+    after = denoiser_from_unet(
+        trained, scheduler, grid, encode=target.encode, precision=prior.precision
+    ).to(prior.diffusion.signal.device)
+    before = WithoutLora(after) if adapted else prior.denoiser
+    task = Task(
+        target.name, prior.diffusion, before, after, target.log_reward, target.draw_conditions
+    )
+    return task, trained
+
+
+def fit_posterior(
+    directory: str | Path,
+    prior: PipelinePrior,
+    target: ImageTarget,
+    settings: PosteriorSettings | None = None,
+    *,
+    seed: int = 0,
+    make_trainer: MakeTrainer = relative_trajectory_balance,
+) -> ImagePosterior:
+    """The posterior of a prior and a target, trained by relative trajectory balance.
+
+    The directory holds diagnostics in results.json and, where every weight was trained, a pipeline
+    that plain diffusers loads; else the adapters in diffusers' format. Raises InputError for a
+    reward that does not return one number an image, before any training.
+    """
+    settings = settings or PosteriorSettings()
+    accelerator = Accelerator()
+    task, unet = posterior_task(prior, target, settings, seed=seed)
+    check_reward(task, seed=seed)
+    config = {
+        "target": target.name,
+        "posterior": asdict(settings),
+        "prior": fingerprint(prior.pipeline.unet),
+        "levels": prior.diffusion.levels,
+        "trainer": make_trainer.__name__,
+        "seed": seed,
+    }
+    run = Run(own_directory(Path(directory), accelerator), config)
+
+    def fit() -> dict[str, Any]:
+        generator = generator_for(seed, *own_name("posterior", accelerator), device=_device(task))
+        trainer = make_trainer(task, target, settings, generator, accelerator)
+        calls = NetworkCalls({prior.pipeline.unet, unet})
+        observe = partial(_log_grid, run, task, settings, seed)
+        seconds = _train(run, trainer, calls, settings, accelerator, observe)
+        calls.stop()
+        task.posterior.load_state_dict(trainer.average.module.state_dict())
+        diagnostics = diagnose(
+            task,
+            task.posterior,
+            settings.finetune.beta,
+            rows=settings.diagnostic_rows,
+            samples=settings.diagnostic_samples,
+            generator=generator_for(seed, "diagnostics", device=_device(task)),
+        )
+        return {"seconds": seconds, "network_calls": calls.total, "diagnostics": diagnostics}
+
+    complete(run, task.posterior, fit, part=TrainedState(task.posterior))
+    results = run.results or {}
+    export_posterior(
+        run.directory,
+        prior,
+        unet,
+        name=target.name,
+        beta=settings.finetune.beta,
+        diagnostics=results["diagnostics"],
+    )
+    return ImagePosterior(task, unet, results)
+
+
+def _train(
+    run: Run,
+    trainer: Trainer,
+    calls: NetworkCalls,
+    settings: PosteriorSettings,
+    accelerator: Accelerator,
+    observe: Callable[[int], None],
+) -> float:
+    return train(
+        run,
+        trainer.update,
+        {**trainer.parts, "calls": calls},
+        steps=settings.finetune.updates,
+        description="posterior",
+        log_every=settings.log_every,
+        checkpoint_every=5 * settings.log_every,
+        agree=partial(first_of_all, accelerator),
+        observe=observe,
+    )
+
+
+def _view(unet: UNet2DModel) -> UNet2DModel:
+    """The same weights in the same memory, to put adapters on while the prior stays as it is."""
+    return copy.deepcopy(unet, {id(p): p for p in unet.parameters()})
+
+
+def check_reward(task: Task, *, seed: int) -> None:
+    """InputError or NonFiniteError unless the reward has one number for each of two images."""
+    generator = generator_for(seed, "check", device=_device(task))
+    condition, x0 = task.draw_conditions(2, generator=generator)
+    x0 = task.diffusion.start(2, generator=generator) if x0 is None else x0
+    score(task, x0, condition)
+
+
+@torch.no_grad()
+def _log_grid(run: Run, task: Task, settings: PosteriorSettings, seed: int, step: int) -> None:
+    """Samples to TensorBoard: of the prior once, of the posterior as it is."""
+    if step % settings.grid_every:
+        return
+    denoisers = {"posterior": task.posterior}
+    if step == settings.grid_every:
+        denoisers["prior"] = task.prior
+    for name, denoiser in denoisers.items():
+        generator = generator_for(seed, "grid", device=_device(task))
+        condition, _ = task.draw_conditions(GRID, generator=generator)
+        paths = rollout(task.diffusion, denoiser, condition, GRID, generator=generator)
+        run.log_images(step, f"samples/{name}", to_images(paths.x0))
+
+
+def _device(task: Task) -> torch.device:
+    return next(task.posterior.parameters()).device

@@ -1,0 +1,121 @@
+"""Side by side: a table of methods against the reference, and a figure of what they draw."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+COLUMNS = {
+    "E[log r]": ("log_reward", "log_reward_error"),
+    "by the judge": ("judged", "judged_error"),
+    "TV of classes": ("tv", None),
+    "Frechet": ("frechet", None),
+    "diversity": ("diversity", "diversity_error"),
+    "log Z": ("log_z", "log_z_error"),
+    "ESS": ("ess", None),
+    "calls / draw": ("calls", None),
+    "s / draw": ("seconds", None),
+}
+"""Title -> (key of a row, key of its standard error)."""
+
+SIDE = 6  # images a side of a grid
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """One row of the table, in the order of COLUMNS; a dash where a method has no such number."""
+    return [_cell(row.get(key), row.get(error)) for key, error in COLUMNS.values()]
+
+
+def reference_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The reference as a row of its own, from a row that was compared with it."""
+    names = ("log_reward", "log_reward_error", "judged", "judged_error", "diversity", "log_z")
+    found = {name: row.get(f"reference_{name}") for name in names}
+    found |= {"log_z_error": row.get("reference_log_z_error"), "ess": row.get("reference_ess")}
+    return {**found, "tv": 0.0, "frechet": row["frechet_halves"]}
+
+
+def markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """The table as Markdown, the reference first; its Frechet distance is that of its halves."""
+    lines = [
+        "| method | " + " | ".join(COLUMNS) + " |",
+        "| --- |" + " --- |" * len(COLUMNS),
+        f"| *reference* | {' | '.join(cells(reference_row(next(iter(rows.values())))))} |",
+    ]
+    for name, row in rows.items():
+        mark = " (collapsed)" if row["collapsed"] > 0.5 else ""
+        lines.append(f"| {name}{mark} | {' | '.join(cells(row))} |")
+    return "\n".join(lines) + "\n"
+
+
+def print_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """The same on the console."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("method")
+    for column in COLUMNS:
+        table.add_column(column, justify="right")
+    first = next(iter(rows.values()))
+    table.add_row("reference", *cells(reference_row(first)), end_section=True)
+    for name, row in rows.items():
+        mark = " (collapsed)" if row["collapsed"] > 0.5 else ""
+        table.add_row(name + mark, *cells(row))
+    Console(width=150).print(table)
+
+
+def draw_figure(
+    path: Path,
+    grids: Mapping[str, Tensor],
+    histograms: Mapping[str, Tensor],
+    classes: Sequence[str],
+):
+    """A grid of images [n, C, H, W] in [0, 1] for each name, and below it its class histogram.
+
+    Without a histogram for a name that place stays empty.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        2, len(grids), figsize=(2.3 * len(grids), 3.4), height_ratios=(3, 1), squeeze=False
+    )
+    for column, (name, images) in enumerate(grids.items()):
+        top, bottom = axes[0, column], axes[1, column]
+        top.imshow(mosaic(images[: SIDE**2]), cmap="gray", vmin=0, vmax=1)
+        top.set_title(name, fontsize=9)
+        top.axis("off")
+        if name not in histograms:
+            bottom.axis("off")
+            continue
+        bottom.bar(range(len(classes)), histograms[name].numpy(), color="#1f77b4")
+        bottom.set_xticks(range(len(classes)), list(classes), fontsize=6)
+        bottom.set_ylim(0, 1.05 * max(float(h.max()) for h in histograms.values()))
+        bottom.set_yticks([])
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    return figure
+
+
+def mosaic(images: Tensor) -> np.ndarray:
+    """Images [n, C, H, W] as one picture, SIDE a row, a pixel of white between them: [H', W', C] or
+    [H', W'] for one channel. Missing ones are white.
+    """
+    count, channels, height, width = images.shape
+    rows = -(-count // SIDE)
+    picture = np.ones((rows * (height + 1) - 1, SIDE * (width + 1) - 1, channels))
+    for index, image in enumerate(images.cpu().numpy()):
+        y, x = index // SIDE * (height + 1), index % SIDE * (width + 1)
+        picture[y : y + height, x : x + width] = image.transpose(1, 2, 0)
+    return picture[..., 0] if channels == 1 else picture
+
+
+def _cell(value: float | None, error: float | None) -> str:
+    if value is None:
+        return "-"
+    digits = 3 if abs(value) < 10 else 0
+    spread = "" if error is None else f" ± {error:.{digits}f}"
+    return f"{value:.{digits}f}{spread}"

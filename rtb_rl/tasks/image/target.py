@@ -1,0 +1,129 @@
+"""What an image posterior is asked for: a reward, its conditions, and a network that can see them.
+
+A target says how the prior's U-Net becomes the posterior's (a copy, a copy with a class embedding,
+a copy that also sees an observation), so that every posterior starts as the prior.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor, nn
+
+from rtb_rl.adapters.extras import extra
+from rtb_rl.adapters.unets import Encode, UNetInputs, with_channels, with_classes
+from rtb_rl.core import ConditionalLogZ, GroupMeanLogZ, LogReward, ScalarLogZ, conditions
+from rtb_rl.core.protocols import Condition
+from rtb_rl.tasks.image.measurements import Measurement, measurement_reward
+from rtb_rl.tasks.image.rewards import (
+    Classifier,
+    ConditionalClassProbability,
+    ImageReward,
+    UnionProbability,
+    in_model_space,
+)
+from rtb_rl.training.mix import LearnedLogZ
+from rtb_rl.training.task import DrawConditions, no_conditions
+
+with extra("image"):
+    from diffusers.models.unets.unet_2d import UNet2DModel
+
+
+@dataclass(frozen=True)
+class ImageTarget:
+    """p(x) r(x | c)^beta / Z(c) over images in model space, [-1, 1]."""
+
+    name: str
+    log_reward: LogReward
+    draw_conditions: DrawConditions = no_conditions
+    widen: Callable[[UNet2DModel], UNet2DModel] = copy.deepcopy
+    """The prior's U-Net -> the posterior's, which starts as the same function."""
+    encode: Encode | None = None
+    """How the posterior's U-Net is told the condition."""
+    log_z: Callable[[int], LearnedLogZ] = lambda paths: ScalarLogZ()
+    """The estimate of log Z for so many paths a condition."""
+
+    @property
+    def is_conditional(self) -> bool:
+        return self.encode is not None
+
+
+def reward_target(name: str, reward: ImageReward) -> ImageTarget:
+    """A reward of your own, `(images [batch, C, H, W] in [0, 1], None) -> log r [batch]`."""
+    return ImageTarget(name, in_model_space(reward))
+
+
+def class_target(classifier: Classifier, labels: Sequence[int]) -> ImageTarget:
+    """r(x) = p(one of `labels` | x). InputError for labels that the classifier does not have."""
+    name = "class " + "+".join(str(label) for label in labels)
+    return reward_target(name, UnionProbability(classifier, labels))
+
+
+def every_class_target(classifier: Classifier, classes: int) -> ImageTarget:
+    """One posterior for all classes: r(x | c) = p(c | x), the class c drawn uniformly."""
+
+    def draw(n: int, *, generator: Generator) -> tuple[Condition, None]:
+        device = generator.device
+        return torch.randint(classes, (n,), generator=generator, device=device), None
+
+    def log_z(paths: int) -> LearnedLogZ:
+        return ConditionalLogZ(ClassTable(classes))
+
+    return ImageTarget(
+        "every class",
+        in_model_space(ConditionalClassProbability(classifier)),
+        draw,
+        lambda unet: with_classes(unet, classes),
+        _labels,
+        log_z,
+    )
+
+
+def measurement_target(measurement: Measurement, draws: Tensor) -> ImageTarget:
+    """The posterior of an image given y = A x + noise, for any y.
+
+    `draws` of the prior [n, C, H, W] make the observations it is trained on; each is an exact
+    posterior draw for its own observation, and comes with it as a data point.
+    """
+    probe = measurement.as_image(measurement.apply(draws[:1]))
+
+    def draw(n: int, *, generator: Generator) -> tuple[Condition, Tensor]:
+        index = torch.randint(len(draws), (n,), generator=generator, device=generator.device)
+        x0 = draws[index]
+        return {"observation": measurement.observe(x0, generator=generator)}, x0
+
+    def encode(condition: Condition) -> UNetInputs:
+        assert isinstance(condition, dict)
+        return UNetInputs(channels=measurement.as_image(condition["observation"]))
+
+    return ImageTarget(
+        type(measurement.operator).__name__,
+        measurement_reward(measurement),
+        draw,
+        lambda unet: with_channels(unet, probe.shape[1]),
+        encode,
+        GroupMeanLogZ,
+    )
+
+
+class ClassTable(nn.Module):
+    """One learned number a class, zero at first: labels [batch] -> [batch]."""
+
+    def __init__(self, classes: int):
+        super().__init__()
+        self.values = nn.Parameter(torch.zeros(classes))
+
+    def forward(self, labels: Tensor) -> Tensor:
+        return self.values[labels]
+
+
+def _labels(condition: Condition) -> UNetInputs:
+    assert isinstance(condition, Tensor)
+    return UNetInputs(class_labels=condition)
+
+
+def rows_of(target: ImageTarget, rows: int, *, generator: Generator) -> Condition:
+    """Conditions of the target, `rows` of them; None where it has none."""
+    condition, _ = target.draw_conditions(rows, generator=generator)
+    return conditions.take(condition, slice(0, rows))
