@@ -5,14 +5,18 @@ All functions take and return one number per path, in nats. arXiv 2405.20971, eq
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from rtb_rl.core.protocols import Denoiser, Diffusion, Objective
+from rtb_rl.core.protocols import Condition, Denoiser, Diffusion, Objective
 from rtb_rl.core.trajectory import Trajectory, steps_in_chunks
 
 Penalty = Callable[[Tensor], Tensor]
+
+Control = Callable[[Any, Tensor, Condition, Tensor], Tensor]
+"""(prediction, level, condition, path) of some steps -> a guess of their weights: [rows]."""
 
 
 def log_weight(log_reward: Tensor, log_ratio: Tensor, beta: float) -> Tensor:
@@ -79,6 +83,7 @@ def backward_in_chunks(
     *,
     levels: Tensor | None = None,
     chunk: int | None = None,
+    control: Control | None = None,
 ) -> None:
     """Add sum_paths weight * grad log p_post(path) to the gradients of the posterior's parameters.
 
@@ -86,14 +91,24 @@ def backward_in_chunks(
     are constants and the prior is frozen, this is the whole gradient. `levels` [count, batch] takes
     a random subset of the steps of each path and scales by K / count (unbiased). Memory grows with
     `chunk` rows, not with K.
+
+    `control` guesses the weight of a path from x[k] and what the posterior predicts there; the
+    guess is taken from the weight of that step. Since E[grad log p_post(x[k-1] | x[k])] = 0, no
+    guess biases the gradient of paths drawn from the posterior, and a good one takes noise away;
+    for other paths it must be zero.
     """
     if levels is None:
         every = torch.arange(1, trajectory.levels + 1, device=weight.device)
         levels = every[:, None].expand(-1, len(weight))
-    weight = weight.detach() * (trajectory.levels / levels.shape[0])
+    scale, weight = trajectory.levels / levels.shape[0], weight.detach()
     for x_before, x, level, condition, path in steps_in_chunks(trajectory, levels, chunk):
-        kernel = diffusion.kernel(posterior(x, level, condition), x, level)
-        (weight[path] * kernel.log_prob(x_before)).sum().backward()
+        prediction = posterior(x, level, condition)
+        kernel = diffusion.kernel(prediction, x, level)
+        rows = weight[path]
+        if control is not None:
+            with torch.no_grad():
+                rows = rows - control(prediction, level, condition, path)
+        (scale * rows * kernel.log_prob(x_before)).sum().backward()
 
 
 def rtb(penalty: Penalty = square) -> Objective:

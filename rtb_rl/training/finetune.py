@@ -10,6 +10,7 @@ from torch import Generator, Tensor, nn
 
 from rtb_rl.core import (
     backward_in_chunks,
+    conditions,
     log_weight,
     random_levels,
     residual,
@@ -18,6 +19,7 @@ from rtb_rl.core import (
 from rtb_rl.core.protocols import Objective
 from rtb_rl.errors import NonFiniteError
 from rtb_rl.training.checkpoint import Stateful
+from rtb_rl.training.control import LookAhead
 from rtb_rl.training.diagnostics import posterior_bounds
 from rtb_rl.training.ema import Average, TrainedState
 from rtb_rl.training.mix import LearnedLogZ, check_mix
@@ -34,8 +36,9 @@ class Finetuner:
     averaged; give each a generator of its own.
 
     `objective` is trajectory balance unless given; those of `core.alternatives` that are gradients
-    of an expectation over the posterior need a mix of on-policy paths alone. Raises InputError for
-    a mix that can't be drawn or grouped.
+    of an expectation over the posterior need a mix of on-policy paths alone. `look_ahead` takes
+    noise from the gradient at the price of more rewards, see LookAhead. Raises InputError for a mix
+    that can't be drawn or grouped.
     """
 
     def __init__(
@@ -46,12 +49,14 @@ class Finetuner:
         *,
         generator: Generator,
         objective: Objective | None = None,
+        look_ahead: bool = False,
         accelerator: Accelerator | None = None,
     ):
         check_mix(settings.mix, log_z)
         self.task, self.log_z, self.settings = task, log_z, settings
         self.generator, self.accelerator = generator, accelerator
         self.objective = objective or rtb()
+        self.control = LookAhead(task, self.objective) if look_ahead else None
         self.average = Average(task.posterior, settings.average_decay)
         self.paths = PathSource(task, settings, generator=generator)
         self.trained = [p for p in task.posterior.parameters() if p.requires_grad]
@@ -79,6 +84,9 @@ class Finetuner:
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         assert ratio.grad is not None
+        if self.control is not None:
+            here = self._on_policy(parts)
+            self.control.begin(ratio.grad, log_z, beta, settings.log_reward_floor, here)
         backward_in_chunks(
             task.diffusion,
             task.posterior,
@@ -86,6 +94,7 @@ class Finetuner:
             ratio.grad,
             levels=self._levels(len(ratio)),
             chunk=settings.chunk,
+            control=self.control,
         )
         self._average_over_processes()
         norm = nn.utils.clip_grad_norm_(self.trained, settings.gradient_clip)
@@ -113,6 +122,13 @@ class Finetuner:
             return {}
         return {f"rtb/{name}": value for name, value in posterior_bounds(weight).items()}
 
+    def _on_policy(self, parts: list[Part]) -> Tensor:
+        """Whether each of the merged paths was drawn from the posterior as it is: bool [batch]."""
+        drawn = [torch.zeros_like(ratio, dtype=torch.bool) for _, ratio, _ in parts]
+        if self.settings.mix.on_policy:
+            drawn[0][:] = True
+        return conditions.interleave_tensors(drawn, self.settings.conditions)
+
     def _levels(self, batch: int) -> Tensor | None:
         count = self.settings.levels_per_path
         if count is None or count >= self.task.diffusion.levels:
@@ -138,7 +154,9 @@ class Finetuner:
     @property
     def parts(self) -> dict[str, Stateful]:
         """All that a checkpoint must hold."""
+        control = {} if self.control is None else {"control": self.control}
         return {
+            **control,
             "posterior": TrainedState(self.task.posterior),
             "average": self.average,
             "log_z": self.log_z,

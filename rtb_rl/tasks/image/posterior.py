@@ -116,6 +116,7 @@ def relative_trajectory_balance(
         settings.finetune,
         generator=generator,
         objective=rtb() if threshold is None else rtb(huber(threshold)),
+        look_ahead=True,
         accelerator=accelerator,
     )
 
