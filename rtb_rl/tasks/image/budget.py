@@ -17,8 +17,8 @@ class Budget:
     """Settings of every stage."""
 
     prior: PriorSettings = field(default_factory=PriorSettings)
-    classifier: ClassifierSettings = field(default_factory=ClassifierSettings)
-    judge: ClassifierSettings = field(default_factory=lambda: ClassifierSettings(width=48))
+    classifier: ClassifierSettings = field(default_factory=lambda: ClassifierSettings(width=16))
+    judge: ClassifierSettings = field(default_factory=lambda: ClassifierSettings(width=24))
     posterior: PosteriorSettings = field(default_factory=PosteriorSettings)
     reference_draws: int = 5000
     draws: int = 2000

@@ -61,6 +61,9 @@ class ImageJob:
     run: Run
     data: ImageDataset
     prior: PipelinePrior
+    labels: tuple[int, ...] | None
+    """The classes that are asked for together; None: each alone."""
+    classifier: ConvClassifier
     target: ImageTarget
     judge: Judge
     references: Sequence[Reference]
@@ -71,8 +74,13 @@ class ImageJob:
         """The conditions of the references, a row each."""
         return conditions.concatenate([one.condition for one in self.references])
 
-    def compare(self, draws: Draws, seconds: float) -> dict[str, Any]:
-        """One row of the table: a method's draws for every reference's condition."""
+    def compare(
+        self, draws: Draws, seconds: float, training: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """One row of the table: a method's draws for every reference's condition.
+
+        `training`: the results of a posterior's run; its diagnostics stand in for log Z and ESS.
+        """
         x0 = draws.x0 if self.condition is not None else draws.x0.unsqueeze(0)
         generator = generator_for(self.settings.seed, "compare", device=x0.device)
         rows = [
@@ -88,6 +96,7 @@ class ImageJob:
             "reference_ess": float(torch.stack([one.draws.ess for one in self.references]).mean()),
             "log_z": None if draws.log_z is None else float(draws.log_z.mean()),
             "ess": None if draws.ess is None else float(draws.ess.mean()),
+            **_of_training(training),
             "calls": draws.calls,
             "seconds": seconds / (x0.shape[0] * x0.shape[1]),
             "draws": x0.shape[0] * x0.shape[1],
@@ -169,7 +178,22 @@ def open_image_job(settings: ImageSettings, *, program: str) -> ImageJob:
         )
         for row in rows
     ]
-    return ImageJob(settings, budget, run, data, prior, target, scorer, references)
+    return ImageJob(
+        settings, budget, run, data, prior, labels, classifier, target, scorer, references
+    )
+
+
+def _of_training(results: Mapping[str, Any] | None) -> dict[str, Any]:
+    if results is None:
+        return {"training_calls": 0, "training_seconds": 0.0}
+    diagnostics = results["diagnostics"]
+    return {
+        "log_z": diagnostics["log_z"],
+        "log_z_error": diagnostics["log_z_standard_error"],
+        "ess": diagnostics["ess"],
+        "training_calls": results["network_calls"],
+        "training_seconds": results["seconds"],
+    }
 
 
 def target_labels(target: str, data: ImageDataset) -> tuple[int, ...] | None:

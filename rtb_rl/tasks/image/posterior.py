@@ -49,14 +49,15 @@ class PosteriorSettings:
     finetune: FinetuneSettings = field(
         default_factory=lambda: FinetuneSettings(
             updates=300,
-            beta_warmup=50,
+            beta_warmup=1,
             conditions=64,
             mix=Mix(on_policy=1, data=0),
-            levels_per_path=10,
+            levels_per_path=8,
             chunk=256,
-            learning_rate=3e-4,
-            log_z_learning_rate=0.05,
-            average_decay=0.98,
+            learning_rate=1e-4,
+            last_learning_rate=0.03,
+            log_z_learning_rate=0.1,
+            average_decay=0.97,
         )
     )
     huber_threshold: float | None = 5.0

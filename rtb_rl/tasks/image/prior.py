@@ -45,7 +45,7 @@ class PriorSettings:
     """Channels at each resolution, halved from one to the next."""
     attention: bool = True
     """Self-attention at the lowest resolution."""
-    levels: int = 50
+    levels: int = 20
     pretrain: PretrainSettings = field(
         default_factory=lambda: PretrainSettings(steps=3000, batch=128)
     )
