@@ -8,17 +8,15 @@ reference/ (draws of the prior, weighted by the reward: the truth to compare wit
 (fine-tuned to p(x) p(class | x)^beta / Z). The posterior's folder loads in plain diffusers.
 """
 
-import time
 from dataclasses import dataclass, replace
+from functools import partial
 
-import torch
 import tyro
 from accelerate import Accelerator
 from rich.console import Console
 
-from rtb_rl.baselines import Draws
 from rtb_rl.tasks.image import ImageSettings, fit_posterior, open_image_job
-from rtb_rl.training import generator_for, trust
+from rtb_rl.training import trust
 
 
 @dataclass(frozen=True)
@@ -44,22 +42,11 @@ def main(settings: Settings) -> None:
     )
     if not Accelerator().is_main_process:
         return
-    diagnostics = posterior.results["diagnostics"]
-    generator = generator_for(settings.seed, "samples", device=job.data.images.device)
-    begun = time.monotonic()
-    x0 = posterior.sampler.sample(job.condition, job.draws_each, generator=generator)
-    draws = Draws(
-        x0,
-        job.prior.diffusion.levels,
-        log_z=torch.tensor([diagnostics["log_z"]]),
-        ess=torch.tensor([diagnostics["ess"]]),
-    )
-    row = job.compare(draws, time.monotonic() - begun)
-    row["log_z_error"] = diagnostics["log_z_standard_error"]
-    row["training_calls"] = posterior.results["network_calls"]
-    first = x0 if job.condition is None else x0.flatten(0, 1)[:: job.draws_each // 4 or 1]
-    job.finish({"rtb": row}, {"rtb": first})
-    Console(width=100).print(f"posterior: {trust(diagnostics)}", highlight=False)
+
+    job.measure("rtb", partial(job.draw, posterior), posterior.results)
+    job.finish(["rtb"])
+    verdict = trust(posterior.results["diagnostics"])
+    Console(width=100).print(f"posterior: {verdict}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Unconditional diffusers pipelines as priors, and posteriors as such pipelines."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from rtb_rl.errors import InputError
 with extra("image"):
     from diffusers.models.unets.unet_2d import UNet2DModel
     from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
+    from diffusers.utils import logging
 
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
 
@@ -52,7 +55,8 @@ def load_pipeline(source: str | Path) -> DDPMPipeline:
         index = DDPMPipeline.load_config(str(source))
         assert isinstance(index, dict)
         if (kind := index.get("_class_name")) in PIPELINES:
-            return DDPMPipeline.from_pretrained(str(source))
+            with _without_progress():
+                return DDPMPipeline.from_pretrained(str(source))
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(
@@ -113,3 +117,15 @@ def save_pipeline(
     if directory.exists():
         shutil.rmtree(directory)
     partial.rename(directory)
+
+
+@contextmanager
+def _without_progress() -> Iterator[None]:
+    """A pipeline of two parts needs no bar."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor
 
 from rtb_rl.baselines.draws import CountedDenoiser, Draws, as_rows, tempered
-from rtb_rl.baselines.guidance import look_ahead, point_likelihood
+from rtb_rl.baselines.guidance import look_ahead_in_batches, point_likelihood
 from rtb_rl.core import (
     Denoiser,
     Diffusion,
@@ -124,7 +124,7 @@ def twisted_smc(
     counted, likelihood = CountedDenoiser(denoiser), point_likelihood(log_reward, beta)
 
     def look(x: Tensor, level: Tensor, condition: Condition) -> tuple[Move, Tensor]:
-        guidance = look_ahead(counted, likelihood, x, level, condition)
+        guidance = look_ahead_in_batches(counted, likelihood, x, level, condition)
         return Move(guidance.prediction, guidance.gradient), guidance.log_likelihood.double()
 
     levels = range(1, diffusion.levels + 1)

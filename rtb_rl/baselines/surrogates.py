@@ -10,7 +10,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -85,7 +85,10 @@ class Ddpo:
     """
 
     advantage_clip: float = 5.0
-    passes: ClassVar[int] = 1
+
+    @property
+    def passes(self) -> int:
+        return 1
 
     def advantage(self, reward: Tensor) -> Tensor:
         return standardised(reward, self.advantage_clip)
@@ -161,7 +164,10 @@ class Dpok:
     reward_weight: float = 1.0
     kl_weight: float = 1.0
     divergence: Divergence = gaussian_kl
-    passes: ClassVar[int] = 1
+
+    @property
+    def passes(self) -> int:
+        return 1
 
     def advantage(self, reward: Tensor) -> Tensor:
         return leave_one_out(reward)

@@ -1,5 +1,6 @@
 """From mathematics to a job: pretraining, fine-tuning, runs, checkpoints."""
 
+from rtb_rl.training.calls import NetworkCalls
 from rtb_rl.training.diagnostics import diagnose, trust
 from rtb_rl.training.evidence import write_rows
 from rtb_rl.training.finetune import Finetuner
@@ -17,6 +18,7 @@ __all__ = [
     "Finetuner",
     "GeneratorState",
     "Mix",
+    "NetworkCalls",
     "PretrainSettings",
     "Pretrainer",
     "Run",

@@ -1,10 +1,18 @@
 """Image posteriors: classifier guidance and inverse problems."""
 
 from rtb_rl.tasks.image.classifier import ClassifierSettings, fit_classifier, load_classifier
+from rtb_rl.tasks.image.comparison import ImageJob
 from rtb_rl.tasks.image.images import ImageDataset, load_images, to_images, to_model_space
-from rtb_rl.tasks.image.job import ImageJob, ImageSettings, open_image_job
-from rtb_rl.tasks.image.posterior import ImagePosterior, PosteriorSettings, fit_posterior
+from rtb_rl.tasks.image.job import open_image_job
+from rtb_rl.tasks.image.methods import Budget as CallBudget
+from rtb_rl.tasks.image.methods import training_free
+from rtb_rl.tasks.image.posterior import (
+    ImagePosterior,
+    fit_posterior,
+    posterior_task,
+)
 from rtb_rl.tasks.image.prior import PriorSettings, fit_prior, foreign_prior, prior_draws
+from rtb_rl.tasks.image.settings import ImageSettings
 from rtb_rl.tasks.image.target import (
     ImageTarget,
     class_target,
@@ -12,8 +20,11 @@ from rtb_rl.tasks.image.target import (
     measurement_target,
     reward_target,
 )
+from rtb_rl.tasks.image.trainers import Baseline, PosteriorSettings, trained_baselines
 
 __all__ = [
+    "Baseline",
+    "CallBudget",
     "ClassifierSettings",
     "ImageDataset",
     "ImageJob",
@@ -32,8 +43,11 @@ __all__ = [
     "load_images",
     "measurement_target",
     "open_image_job",
+    "posterior_task",
     "prior_draws",
     "reward_target",
     "to_images",
     "to_model_space",
+    "trained_baselines",
+    "training_free",
 ]

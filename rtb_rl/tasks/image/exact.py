@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from rtb_rl.adapters.extras import extra
 from rtb_rl.adapters.schedulers import diffusion_from_scheduler, scheduler_grid
 from rtb_rl.adapters.unets import denoiser_from_unet
-from rtb_rl.core import Sampler, ScalarLogZ, huber, rtb
+from rtb_rl.core import ScalarLogZ, huber, rtb
 from rtb_rl.core.protocols import Condition
 from rtb_rl.nn import Correction, ResidualMLP
 from rtb_rl.tasks.image.images import ImageDataset, to_model_space
@@ -25,7 +25,6 @@ from rtb_rl.tasks.image.smoothed import (
     SmoothedImages,
     SmoothedUNet,
 )
-from rtb_rl.training.diagnostics import diagnose
 from rtb_rl.training.finetune import Finetuner
 from rtb_rl.training.loop import train
 from rtb_rl.training.mix import Mix

@@ -2,37 +2,38 @@
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Generator, Tensor
 
 from rtb_rl.adapters.extras import extra
 from rtb_rl.adapters.lora import WithoutLora, add_lora
 from rtb_rl.adapters.pipelines import PipelinePrior
 from rtb_rl.adapters.schedulers import scheduler_grid
 from rtb_rl.adapters.unets import denoiser_from_unet
-from rtb_rl.core import Sampler, huber, rollout, rtb
+from rtb_rl.core import Sampler, rollout
 from rtb_rl.errors import InputError
 from rtb_rl.tasks.image.export import export_posterior
 from rtb_rl.tasks.image.images import to_images
 from rtb_rl.tasks.image.target import ImageTarget
+from rtb_rl.tasks.image.trainers import (
+    MakeTrainer,
+    PosteriorSettings,
+    Trainer,
+    relative_trajectory_balance,
+)
 from rtb_rl.training.calls import NetworkCalls
-from rtb_rl.training.checkpoint import Stateful
 from rtb_rl.training.diagnostics import diagnose
 from rtb_rl.training.ema import TrainedState
-from rtb_rl.training.finetune import Finetuner
 from rtb_rl.training.loop import train
-from rtb_rl.training.mix import Mix
 from rtb_rl.training.processes import first_of_all, own_directory, own_name
 from rtb_rl.training.run import Run
 from rtb_rl.training.scoring import score
 from rtb_rl.training.seeding import generator_for
-from rtb_rl.training.settings import FinetuneSettings
 from rtb_rl.training.stage import complete, fingerprint
 from rtb_rl.training.task import Task
 
@@ -40,53 +41,6 @@ with extra("image"):
     from diffusers.models.unets.unet_2d import UNet2DModel
 
 GRID = 64  # images of a grid in TensorBoard
-
-
-@dataclass(frozen=True)
-class PosteriorSettings:
-    """How an image posterior is trained."""
-
-    finetune: FinetuneSettings = field(
-        default_factory=lambda: FinetuneSettings(
-            updates=300,
-            beta_warmup=1,
-            conditions=64,
-            mix=Mix(on_policy=1, data=0),
-            levels_per_path=8,
-            chunk=256,
-            learning_rate=1e-4,
-            last_learning_rate=0.03,
-            log_z_learning_rate=0.1,
-            average_decay=0.97,
-        )
-    )
-    huber_threshold: float | None = 5.0
-    """Residuals beyond it, in nats, are penalised linearly; None: squared throughout."""
-    lora_rank: int | None = None
-    """Rank of adapters on the attention of the prior's own network; None: all weights of a copy."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time."""
-    diagnostic_rows: int = 10
-    """Conditions of the final diagnostics, for a target that has them."""
-    diagnostic_samples: int = 500
-    """Draws for each."""
-    log_every: int = 10
-    grid_every: int = 50
-    """Updates between grids of samples in TensorBoard."""
-
-
-class Trainer(Protocol):
-    """What trains a posterior: the fine-tuner, or a baseline."""
-
-    average: Any
-
-    def update(self, step: int) -> Mapping[str, Tensor | float]: ...
-
-    @property
-    def parts(self) -> dict[str, Stateful]: ...
-
-
-MakeTrainer = Callable[[Task, ImageTarget, PosteriorSettings, Generator, Accelerator], Trainer]
 
 
 @dataclass(frozen=True)
@@ -100,26 +54,6 @@ class ImagePosterior:
     @property
     def sampler(self) -> Sampler:
         return Sampler(self.task.diffusion, self.task.posterior)
-
-
-def relative_trajectory_balance(
-    task: Task,
-    target: ImageTarget,
-    settings: PosteriorSettings,
-    generator: Generator,
-    accelerator: Accelerator,
-) -> Finetuner:
-    """The default trainer."""
-    threshold = settings.huber_threshold
-    return Finetuner(
-        task,
-        target.log_z(settings.finetune.mix.total),
-        settings.finetune,
-        generator=generator,
-        objective=rtb() if threshold is None else rtb(huber(threshold)),
-        look_ahead=True,
-        accelerator=accelerator,
-    )
 
 
 def posterior_task(

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -17,6 +18,7 @@ COLUMNS = {
     "diversity": ("diversity", "diversity_error"),
     "log Z": ("log_z", "log_z_error"),
     "ESS": ("ess", None),
+    "training calls": ("training_calls", None),
     "calls / draw": ("calls", None),
     "s / draw": ("seconds", None),
 }
@@ -56,7 +58,7 @@ def print_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
     table = Table(title=title, title_justify="left")
     table.add_column("method")
     for column in COLUMNS:
-        table.add_column(column, justify="right")
+        table.add_column(escape(column), justify="right")
     first = next(iter(rows.values()))
     table.add_row("reference", *cells(reference_row(first)), end_section=True)
     for name, row in rows.items():
@@ -116,6 +118,6 @@ def mosaic(images: Tensor) -> np.ndarray:
 def _cell(value: float | None, error: float | None) -> str:
     if value is None:
         return "-"
-    digits = 3 if abs(value) < 10 else 0
+    digits = 3 if abs(value) < 10 and value != int(value) else 0
     spread = "" if error is None else f" ± {error:.{digits}f}"
     return f"{value:.{digits}f}{spread}"

@@ -1,15 +1,40 @@
-"""How much work every stage of an image program does."""
+"""What image programs ask for, and how much work every stage does."""
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from rtb_rl.tasks.image.classifier import ClassifierSettings
 from rtb_rl.tasks.image.images import ImageDataset
-from rtb_rl.tasks.image.posterior import PosteriorSettings
 from rtb_rl.tasks.image.prior import PriorSettings
+from rtb_rl.tasks.image.trainers import PosteriorSettings
 from rtb_rl.training.pretrain import PretrainSettings
 
 BudgetName = Literal["smoke", "demo", "full"]
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """What all image programs ask for."""
+
+    data: str = "digits"
+    """"digits" (scikit-learn's, 8x8), a folder or file of idx, npz or pictures, or hf:NAME."""
+    target: str = "even"
+    """Classes, such as "3" or "1,7"; even; odd; or each: one posterior for every class."""
+    out: Path = Path("runs/image")
+    """Directory of the run; the same command continues what it finds there."""
+    seed: int = 0
+    budget: BudgetName = "full"
+    prior: str | None = None
+    """A diffusers DDPM pipeline, folder or hub id, instead of a prior trained on the data."""
+    levels: int | None = None
+    """Denoising steps; not given: those of the budget."""
+    unclipped: bool = False
+    """Sample a pipeline given as --prior without the clipping that its scheduler asks for."""
+    share: Path | None = None
+    """Run whose prior, classifiers and reference are used instead of fitting them here."""
+    beta: float = 1.0
+    """Strength of the reward."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,175 @@
+"""An open image job: methods measured one by one, then a table and a figure of all."""
+
+import json
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors.torch import load, save
+from torch import Generator, Tensor
+
+from rtb_rl.adapters.pipelines import PipelinePrior
+from rtb_rl.baselines.draws import Draws
+from rtb_rl.core import conditions
+from rtb_rl.core.protocols import Condition
+from rtb_rl.nn.convolution import ConvClassifier
+from rtb_rl.tasks.image.evaluation import Judge, Reference, average_rows, compare
+from rtb_rl.tasks.image.images import ImageDataset, to_images
+from rtb_rl.tasks.image.posterior import ImagePosterior
+from rtb_rl.tasks.image.report import SIDE, draw_figure, markdown, print_table
+from rtb_rl.tasks.image.settings import Budget, ImageSettings
+from rtb_rl.tasks.image.target import ImageTarget
+from rtb_rl.training.checkpoint import replace_file
+from rtb_rl.training.run import Run
+from rtb_rl.training.seeding import generator_for
+
+
+@dataclass(frozen=True)
+class ImageJob:
+    """An open run with all that is fitted before the posterior."""
+
+    settings: ImageSettings
+    budget: Budget
+    run: Run
+    data: ImageDataset
+    prior: PipelinePrior
+    labels: tuple[int, ...] | None
+    """The classes that are asked for together; None: each alone."""
+    classifier: ConvClassifier
+    target: ImageTarget
+    judge: Judge
+    references: Sequence[Reference]
+    """One for each condition that is evaluated; one alone where there is none."""
+
+    @property
+    def condition(self) -> Condition:
+        """The conditions of the references, a row each."""
+        return conditions.concatenate([one.condition for one in self.references])
+
+    def compare(
+        self, draws: Draws, seconds: float, training: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """One row of the table: a method's draws for every reference's condition.
+
+        `training`: the results of a posterior's run; its diagnostics stand in for log Z and ESS.
+        """
+        x0 = draws.x0 if self.condition is not None else draws.x0.unsqueeze(0)
+        generator = generator_for(self.settings.seed, "compare", device=x0.device)
+        rows = [
+            compare(points, reference, self.judge, generator=generator)
+            for points, reference in zip(x0, self.references, strict=True)
+        ]
+        log_z = torch.stack([one.draws.log_z for one in self.references])
+        errors = torch.stack([one.draws.standard_error for one in self.references])
+        return {
+            **average_rows(rows),
+            "reference_log_z": float(log_z.mean()),
+            "reference_log_z_error": float(errors.square().sum().sqrt() / len(errors)),
+            "reference_ess": float(torch.stack([one.draws.ess for one in self.references]).mean()),
+            "log_z": None if draws.log_z is None else float(draws.log_z.mean()),
+            "ess": None if draws.ess is None else float(draws.ess.mean()),
+            **_of_training(training),
+            "calls": draws.calls,
+            "seconds": seconds / (x0.shape[0] * x0.shape[1]),
+            "draws": x0.shape[0] * x0.shape[1],
+        }
+
+    @property
+    def draws_each(self) -> int:
+        """Draws of a method for each condition."""
+        return max(2, self.budget.draws // len(self.references))
+
+    def measure(
+        self,
+        name: str,
+        draw: Callable[[Generator], Draws],
+        training: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Draw for `condition` and compare, unless that was done before; kept as row and samples.
+
+        `training`: the results of the posterior's run, for a method that was trained.
+        """
+        row, kept = (self._rows / f"{_slug(name)}.{end}" for end in ("json", "safetensors"))
+        if row.exists():
+            return
+        generator = generator_for(self.settings.seed, name, device=self.data.images.device)
+        begun = time.monotonic()
+        draws = draw(generator)
+        found = {"method": name, **self.compare(draws, time.monotonic() - begun, training)}
+        x0 = draws.x0 if self.condition is None else draws.x0[:, : SIDE**2].transpose(0, 1)
+        self._rows.mkdir(exist_ok=True)
+        replace_file(kept, save({"x0": x0.flatten(0, x0.ndim - 4)[: SIDE**2].cpu().contiguous()}))
+        replace_file(row, json.dumps(found, indent=2).encode())
+
+    def draw(self, posterior: ImagePosterior, generator: Generator) -> Draws:
+        """Draws of a trained posterior for `condition`."""
+        x0 = posterior.sampler.sample(self.condition, self.draws_each, generator=generator)
+        return Draws(x0, self.prior.diffusion.levels)
+
+    def finish(self, names: Sequence[str]) -> None:
+        """Print the table, draw the figure, write table.md and results.json, in this order."""
+        found = [self._rows / f"{_slug(name)}.json" for name in names]
+        rows = {row["method"]: row for row in (json.loads(path.read_text()) for path in found)}
+        samples = {
+            name: load(path.with_suffix(".safetensors").read_bytes())["x0"]
+            for name, path in zip(names, found, strict=True)
+        }
+        self._draw(samples)
+        print_table(f"{self.data.name}, {self.target.name}, beta {self.settings.beta}", rows)
+        replace_file(self.run.directory / "table.md", markdown(rows).encode())
+        self.run.finish({"methods": rows, "target": self.target.name})
+        Console().print(
+            f"results: {self.run.directory / 'results.json'}, figure:"
+            f" {self.run.directory / 'figure.png'}\ncurves: tensorboard --logdir"
+            f" {self.run.directory}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    @property
+    def _rows(self) -> Path:
+        return self.run.directory / "rows"
+
+    def _draw(self, samples: Mapping[str, Tensor]) -> None:
+        generator = generator_for(self.settings.seed, "figure")
+        first = self.references[0]
+        reference = torch.cat(
+            [one.draws.resample(SIDE**2, generator=generator)[0] for one in self.references], 1
+        )
+        held = {"prior": first.draws.x0[0], "reference": reference, **samples}
+        histograms = {name: self._histogram(x0) for name, x0 in held.items()}
+        figure = draw_figure(
+            self.run.directory / "figure.png",
+            {name: to_images(x0[: SIDE**2]) for name, x0 in held.items()},
+            histograms,
+            self.data.classes,
+        )
+        self.run.log_figure(0, "evaluation", figure)
+
+    def _histogram(self, x0: Tensor) -> Tensor:
+        classifier = self.judge.classifier
+        with torch.no_grad():
+            logits = torch.cat([classifier(to_images(part)) for part in x0.split(1000)])
+        return logits.double().softmax(-1).mean(0).cpu()
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"\W+", "_", name)
+
+
+def _of_training(results: Mapping[str, Any] | None) -> dict[str, Any]:
+    if results is None:
+        return {"training_calls": 0, "training_seconds": 0.0}
+    diagnostics = results["diagnostics"]
+    return {
+        "log_z": diagnostics["log_z"],
+        "log_z_error": diagnostics["log_z_standard_error"],
+        "ess": diagnostics["ess"],
+        "training_calls": results["network_calls"],
+        "training_seconds": results["seconds"],
+    }

@@ -1,0 +1,93 @@
+"""Training-free methods on an image target, at a budget of network calls."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import Generator
+
+from rtb_rl.baselines.draws import Draws
+from rtb_rl.baselines.guidance import dps, lgd_mc, noised_logits_guidance
+from rtb_rl.baselines.selection import best_of_n, importance_resampling
+from rtb_rl.baselines.steering import fk_steering, twisted_smc
+from rtb_rl.tasks.image.classifier import Classifier
+from rtb_rl.tasks.image.images import to_images
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a method may spend: network calls for each delivered draw, draws for each condition."""
+
+    calls: float
+    draws: int
+    levels: int
+
+    def population(self, price: int) -> int:
+        """Points that can be drawn for each delivered one, at `price` calls a level."""
+        return max(1, int(self.calls / (price * self.levels)))
+
+
+def best(*model: Any, budget: Budget, **given: Any) -> Draws:
+    """The best of as many draws as the budget has."""
+    candidates = max(2, budget.population(1))
+    return partial(best_of_n, *model)(budget.draws, candidates=candidates, **given)
+
+
+def importance(*model: Any, budget: Budget, **given: Any) -> Draws:
+    """Resampled from as many draws as the budget has."""
+    candidates = budget.draws * budget.population(1)
+    return partial(importance_resampling, *model)(budget.draws, candidates=candidates, **given)
+
+
+def guidance(method: Callable[..., Draws], *model: Any, budget: Budget, **given: Any) -> Draws:
+    """Guided draws, whose price is fixed."""
+    return method(*model, budget.draws, **given)
+
+
+def swarm(
+    method: Callable[..., Draws], price: int, *model: Any, budget: Budget, **given: Any
+) -> Draws:
+    """One population as large as the budget allows; as many of it as are asked for."""
+    each = budget.population(price)
+    particles = each * budget.draws
+    found = method(*model, particles, particles=particles, **given)
+    x0 = found.x0[::each] if model[-1] is None else found.x0[:, ::each]
+    return replace(found, x0=x0, calls=found.calls * each)
+
+
+def weak(
+    classifier: Classifier,
+    labels: Sequence[int],
+    *parts: Any,
+    budget: Budget,
+    beta: float,
+    generator: Generator,
+) -> Draws:
+    """The published stand-in for DPS."""
+    diffusion, denoiser, _, condition = parts
+    return noised_logits_guidance(
+        diffusion,
+        denoiser,
+        lambda x0, condition: classifier(to_images(x0)),
+        condition,
+        budget.draws,
+        classes=labels,
+        generator=generator,
+    )
+
+
+def training_free(
+    classifier: Classifier, labels: Sequence[int] | None
+) -> dict[str, Callable[..., Draws]]:
+    """Name -> method(diffusion, denoiser, log_reward, condition, budget=, beta=, generator=)."""
+    methods = {
+        "best of N": best,
+        "importance resampling": importance,
+        "DPS": partial(guidance, dps),
+        "LGD-MC": partial(guidance, lgd_mc),
+        "twisted SMC": partial(swarm, twisted_smc, 3),
+        "FK steering": partial(swarm, fk_steering, 1),
+    }
+    published = {"DPS as published": partial(weak, classifier, labels)} if labels else {}
+    return methods | published

@@ -1,0 +1,143 @@
+"""What trains an image posterior: trajectory balance, or a baseline at the same settings."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from accelerate import Accelerator
+from torch import Generator, Tensor
+
+from rtb_rl.adapters.pipelines import PipelinePrior
+from rtb_rl.baselines.adjoint import AdjointMatching
+from rtb_rl.baselines.policy_gradient import PolicyGradient
+from rtb_rl.baselines.surrogates import ClippedDdpo, Ddpo, Dpok, Surrogate, published_dpok
+from rtb_rl.baselines.trainer import BaselineSettings
+from rtb_rl.core import huber, rtb
+from rtb_rl.tasks.image.target import ImageTarget
+from rtb_rl.training.checkpoint import Stateful
+from rtb_rl.training.finetune import Finetuner
+from rtb_rl.training.mix import Mix
+from rtb_rl.training.settings import FinetuneSettings
+from rtb_rl.training.task import Task
+
+
+PATHS = 8
+"""Paths of a condition that a policy gradient compares."""
+
+
+@dataclass(frozen=True)
+class PosteriorSettings:
+    """How an image posterior is trained."""
+
+    finetune: FinetuneSettings = field(
+        default_factory=lambda: FinetuneSettings(
+            updates=300,
+            beta_warmup=1,
+            conditions=64,
+            mix=Mix(on_policy=1, data=0),
+            levels_per_path=8,
+            chunk=256,
+            learning_rate=1e-4,
+            last_learning_rate=0.03,
+            log_z_learning_rate=0.1,
+            average_decay=0.97,
+        )
+    )
+    huber_threshold: float | None = 5.0
+    """Residuals beyond it, in nats, are penalised linearly; None: squared throughout."""
+    lora_rank: int | None = None
+    """Rank of adapters on the attention of the prior's own network; None: all weights of a copy."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    diagnostic_rows: int = 10
+    """Conditions of the final diagnostics, for a target that has them."""
+    diagnostic_samples: int = 500
+    """Draws for each."""
+    log_every: int = 10
+    grid_every: int = 50
+    """Updates between grids of samples in TensorBoard."""
+
+
+class Trainer(Protocol):
+    """What trains a posterior: the fine-tuner, or a baseline."""
+
+    average: Any
+
+    def update(self, step: int) -> Mapping[str, Tensor | float]: ...
+
+    @property
+    def parts(self) -> dict[str, Stateful]: ...
+
+
+MakeTrainer = Callable[[Task, ImageTarget, PosteriorSettings, Generator, Accelerator], Trainer]
+
+
+def relative_trajectory_balance(
+    task: Task,
+    target: ImageTarget,
+    settings: PosteriorSettings,
+    generator: Generator,
+    accelerator: Accelerator,
+) -> Finetuner:
+    """The default trainer."""
+    threshold = settings.huber_threshold
+    return Finetuner(
+        task,
+        target.log_z(settings.finetune.mix.total),
+        settings.finetune,
+        generator=generator,
+        objective=rtb() if threshold is None else rtb(huber(threshold)),
+        look_ahead=True,
+        accelerator=accelerator,
+    )
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Makes a trainer with the settings of trajectory balance, as far as they apply."""
+
+    name: str
+    surrogate: Surrogate | None = None
+    """Of a policy gradient; None: adjoint matching."""
+
+    @property
+    def __name__(self) -> str:
+        return self.name
+
+    def __call__(
+        self,
+        task: Task,
+        target: ImageTarget,
+        settings: PosteriorSettings,
+        generator: Generator,
+        accelerator: Accelerator,
+    ) -> PolicyGradient | AdjointMatching:
+        tuned = settings.finetune
+        paths = PATHS if target.is_conditional else tuned.conditions
+        levels = tuned.levels_per_path
+        chosen = BaselineSettings(
+            updates=tuned.updates,
+            beta=tuned.beta,
+            conditions=max(1, tuned.conditions // paths),
+            paths=paths,
+            levels_per_path=levels and min(levels, task.diffusion.levels),
+            chunk=tuned.chunk,
+            learning_rate=tuned.learning_rate,
+            last_learning_rate=tuned.last_learning_rate,
+            average_decay=tuned.average_decay,
+        )
+        if self.surrogate is None:
+            return AdjointMatching(task, chosen, generator=generator)
+        return PolicyGradient(task, chosen, surrogate=self.surrogate, generator=generator)
+
+
+def trained_baselines(prior: PipelinePrior) -> dict[str, Baseline]:
+    """Name -> what makes the trainer."""
+    methods = (
+        Baseline("DDPO", Ddpo()),
+        Baseline("DDPO, clipped", ClippedDdpo()),
+        Baseline("DPOK, KL weight 1/beta", Dpok()),
+        Baseline("DPOK, published weights", published_dpok(prior.diffusion)),
+        Baseline("adjoint matching"),
+    )
+    return {method.name: method for method in methods}
