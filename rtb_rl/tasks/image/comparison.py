@@ -138,9 +138,8 @@ class ImageJob:
     def _draw(self, samples: Mapping[str, Tensor]) -> None:
         generator = generator_for(self.settings.seed, "figure")
         first = self.references[0]
-        reference = torch.cat(
-            [one.draws.resample(SIDE**2, generator=generator)[0] for one in self.references], 1
-        )
+        resampled = [one.draws.resample(SIDE**2, generator=generator)[0] for one in self.references]
+        reference = torch.stack(resampled, 1).flatten(0, 1)
         held = {"prior": first.draws.x0[0], "reference": reference, **samples}
         histograms = {name: self._histogram(x0) for name, x0 in held.items()}
         figure = draw_figure(

@@ -130,8 +130,15 @@ def compare(
 
 
 def average_rows(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means of the columns over conditions; `collapsed` is the share of them."""
-    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    """Means of the columns over conditions, with the errors of such means; `collapsed` is the share
+    of the conditions.
+    """
+    found = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        total = math.hypot(*values) if name.endswith("_error") else sum(values)
+        found[name] = total / len(rows)
+    return found
 
 
 def _excess(name: str, values: Tensor, wanted: Tensor, wanted_error: Tensor) -> dict[str, float]:

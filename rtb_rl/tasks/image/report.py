@@ -25,6 +25,7 @@ COLUMNS = {
 """Title -> (key of a row, key of its standard error)."""
 
 SIDE = 6  # images a side of a grid
+COLUMNS_OF_FIGURE = 5
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
@@ -82,21 +83,29 @@ def draw_figure(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    columns = min(len(grids), COLUMNS_OF_FIGURE)
+    bands = -(-len(grids) // columns)
     figure, axes = pyplot.subplots(
-        2, len(grids), figsize=(2.3 * len(grids), 3.4), height_ratios=(3, 1), squeeze=False
+        2 * bands,
+        columns,
+        figsize=(2.1 * columns, 3.1 * bands),
+        height_ratios=(3, 1) * bands,
+        squeeze=False,
     )
-    for column, (name, images) in enumerate(grids.items()):
-        top, bottom = axes[0, column], axes[1, column]
+    for axis in axes.flat:
+        axis.axis("off")
+    highest = 1.05 * max(float(h.max()) for h in histograms.values())
+    for index, (name, images) in enumerate(grids.items()):
+        band, column = divmod(index, columns)
+        top, bottom = axes[2 * band, column], axes[2 * band + 1, column]
         top.imshow(mosaic(images[: SIDE**2]), cmap="gray", vmin=0, vmax=1)
         top.set_title(name, fontsize=9)
-        top.axis("off")
-        if name not in histograms:
-            bottom.axis("off")
-            continue
-        bottom.bar(range(len(classes)), histograms[name].numpy(), color="#1f77b4")
-        bottom.set_xticks(range(len(classes)), list(classes), fontsize=6)
-        bottom.set_ylim(0, 1.05 * max(float(h.max()) for h in histograms.values()))
-        bottom.set_yticks([])
+        if name in histograms:
+            bottom.axis("on")
+            bottom.bar(range(len(classes)), histograms[name].numpy(), color="#1f77b4")
+            bottom.set_xticks(range(len(classes)), list(classes), fontsize=6)
+            bottom.set_ylim(0, highest)
+            bottom.set_yticks([])
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     return figure
@@ -106,9 +115,8 @@ def mosaic(images: Tensor) -> np.ndarray:
     """Images [n, C, H, W] as one picture, SIDE a row, a pixel of white between them: [H', W', C] or
     [H', W'] for one channel. Missing ones are white.
     """
-    count, channels, height, width = images.shape
-    rows = -(-count // SIDE)
-    picture = np.ones((rows * (height + 1) - 1, SIDE * (width + 1) - 1, channels))
+    _, channels, height, width = images.shape
+    picture = np.ones((SIDE * (height + 1) - 1, SIDE * (width + 1) - 1, channels))
     for index, image in enumerate(images.cpu().numpy()):
         y, x = index // SIDE * (height + 1), index % SIDE * (width + 1)
         picture[y : y + height, x : x + width] = image.transpose(1, 2, 0)

@@ -20,7 +20,6 @@ from rtb_rl.training.mix import Mix
 from rtb_rl.training.settings import FinetuneSettings
 from rtb_rl.training.task import Task
 
-
 PATHS = 8
 """Paths of a condition that a policy gradient compares."""
 
