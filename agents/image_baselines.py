@@ -18,6 +18,8 @@ from accelerate import Accelerator
 
 from rtb_rl import InputError
 from rtb_rl.tasks.image import (
+    FREE,
+    WEAK,
     Baseline,
     CallBudget,
     ImageJob,
@@ -38,6 +40,9 @@ class Settings(ImageSettings):
 
     methods: tuple[str, ...] = ()
     """Those to run, by the names in the table; not given: all of them."""
+    calls: float | None = None
+    """Network calls that a training-free method may spend for each draw; not given: those that the
+    shared run spent for each of its own."""
 
 
 def updates_within(job: ImageJob, method: Baseline, calls: float) -> int:
@@ -67,21 +72,32 @@ def shared_calls(settings: Settings) -> tuple[float, float]:
     if settings.share is None:
         raise InputError("baselines stand on a run of rtb_image; name its directory with --share")
     path = settings.share / "results.json"
-    if not path.exists():
+    rows = json.loads(path.read_text()).get("methods", {}) if path.exists() else {}
+    if "rtb" not in rows:
         raise InputError(f"{settings.share} holds no finished run of rtb_image; finish it first")
-    row = json.loads(path.read_text())["methods"]["rtb"]
+    row = rows["rtb"]
     return row["training_calls"], row["training_calls"] / row["draws"] + row["calls"]
+
+
+def chosen_methods(settings: Settings) -> tuple[str, ...]:
+    """The names of what is run; InputError for a name that there is not."""
+    published = () if settings.target == "each" else (WEAK,)
+    known = (*FREE, *published, *trained_baselines())
+    if unknown := [name for name in settings.methods if name not in known]:
+        names = ", ".join(map(repr, known))
+        raise InputError(f"there is no method {unknown[0]!r} for this target; there are {names}")
+    return settings.methods or known
 
 
 def main(settings: Settings) -> None:
     """Run the methods, skipping those that are complete, and compare them."""
+    if Accelerator().num_processes > 1:
+        raise InputError("the baselines train in one process; start them without a launcher")
+    names = chosen_methods(settings)
     training, each = shared_calls(settings)
     job = open_image_job(settings, program="image_baselines")
-    free, fitted = training_free(job.classifier, job.labels), trained_baselines(job.prior)
-    names = settings.methods or (*free, *fitted)
-    if unknown := sorted(set(names) - {*free, *fitted}):
-        raise InputError(f"no method {unknown}; there are {', '.join((*free, *fitted))}")
-    budget = CallBudget(each, job.draws_each, job.prior.diffusion.levels)
+    free, fitted = training_free(job.classifier, job.labels), trained_baselines()
+    budget = CallBudget(settings.calls or each, job.draws_each, job.prior.diffusion.levels)
     model = (job.prior.diffusion, job.prior.denoiser, job.target.log_reward, job.condition)
 
     for name in names:

@@ -8,7 +8,7 @@ reference/ (draws of the prior, weighted by the reward: the truth to compare wit
 (fine-tuned to p(x) p(class | x)^beta / Z). The posterior's folder loads in plain diffusers.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import tyro
@@ -31,15 +31,14 @@ class Settings(ImageSettings):
 
 def main(settings: Settings) -> None:
     """Fit what is not complete and compare the posterior with its reference."""
-    job = open_image_job(settings, program="rtb_image")
-    chosen = replace(
-        job.budget.posterior,
+    job = open_image_job(
+        settings,
+        program="rtb_image",
         lora_rank=settings.lora_rank,
         gradient_checkpointing=settings.gradient_checkpointing,
     )
-    posterior = fit_posterior(
-        job.run.directory / "posterior", job.prior, job.target, chosen, seed=settings.seed
-    )
+    directory, chosen = job.run.directory / "posterior", job.budget.posterior
+    posterior = fit_posterior(directory, job.prior, job.target, chosen, seed=settings.seed)
     if not Accelerator().is_main_process:
         return
 

@@ -24,3 +24,10 @@ def first_of_all(accelerator: Accelerator, step: int) -> int:
     steps = accelerator.gather(torch.tensor([step], device=accelerator.device))
     assert isinstance(steps, Tensor)
     return int(steps.min())
+
+
+def sum_of_all(accelerator: Accelerator, count: int) -> int:
+    """The sum of the processes' counts."""
+    counts = accelerator.gather(torch.tensor([count], device=accelerator.device))
+    assert isinstance(counts, Tensor)
+    return int(counts.sum())

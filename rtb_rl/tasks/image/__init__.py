@@ -4,8 +4,8 @@ from rtb_rl.tasks.image.classifier import ClassifierSettings, fit_classifier, lo
 from rtb_rl.tasks.image.comparison import ImageJob
 from rtb_rl.tasks.image.images import ImageDataset, load_images, to_images, to_model_space
 from rtb_rl.tasks.image.job import open_image_job
+from rtb_rl.tasks.image.methods import FREE, WEAK, training_free
 from rtb_rl.tasks.image.methods import Budget as CallBudget
-from rtb_rl.tasks.image.methods import training_free
 from rtb_rl.tasks.image.posterior import (
     ImagePosterior,
     fit_posterior,
@@ -23,6 +23,8 @@ from rtb_rl.tasks.image.target import (
 from rtb_rl.tasks.image.trainers import Baseline, PosteriorSettings, trained_baselines
 
 __all__ = [
+    "FREE",
+    "WEAK",
     "Baseline",
     "CallBudget",
     "ClassifierSettings",

@@ -136,8 +136,8 @@ class ImageJob:
         return self.run.directory / "rows"
 
     def _draw(self, samples: Mapping[str, Tensor]) -> None:
-        generator = generator_for(self.settings.seed, "figure")
         first = self.references[0]
+        generator = generator_for(self.settings.seed, "figure", device=first.draws.x0.device)
         resampled = [one.draws.resample(SIDE**2, generator=generator)[0] for one in self.references]
         reference = torch.stack(resampled, 1).flatten(0, 1)
         held = {"prior": first.draws.x0[0], "reference": reference, **samples}

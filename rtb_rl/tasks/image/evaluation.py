@@ -20,6 +20,9 @@ from rtb_rl.tasks.image.images import to_images
 from rtb_rl.tasks.image.metrics import diversity, frechet_distance, total_variation
 
 BATCH = 2000
+FRECHET_DRAWS = 500
+"""At most so many enter a Frechet distance, which shrinks as they grow."""
+ROUNDING = 1e-6  # nats: what a constant reward may differ by from itself
 COLLAPSED = 3.0
 """Standard errors of E[log r] above the reference from which a method counts as collapsed."""
 
@@ -114,7 +117,7 @@ def compare(
             name, getattr(found, name), *reference.mean(getattr(reference.judgement, name))
         )
     classes, _ = reference.mean(reference.judgement.probabilities)
-    count = min(len(x0), reference.draws.log_weight.shape[1] // 2)
+    count = min(len(x0), reference.draws.log_weight.shape[1] // 2, FRECHET_DRAWS)
     features = reference.resampled(reference.judgement.features, count, generator=generator)
     spread = diversity(found.features)
     return {
@@ -142,12 +145,14 @@ def average_rows(rows: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def _excess(name: str, values: Tensor, wanted: Tensor, wanted_error: Tensor) -> dict[str, float]:
+    values = values.double()
     error = float(values.std()) / len(values) ** 0.5
     mean = float(values.mean())
+    scale = max(math.hypot(error, float(wanted_error)), ROUNDING)
     return {
         name: mean,
         f"{name}_error": error,
         f"reference_{name}": float(wanted),
         f"reference_{name}_error": float(wanted_error),
-        f"{name}_excess": (mean - float(wanted)) / math.hypot(error, float(wanted_error)),
+        f"{name}_excess": (mean - float(wanted)) / scale,
     }

@@ -137,7 +137,8 @@ def load_images(source: str | Path = "digits") -> ImageDataset:
     or else one sub-folder of pictures a class. "hf:NAME": the training split of a data set of the
     `datasets` library. Bytes are divided by 255. InputError for anything else.
     """
-    return _joined(str(source), read_arrays(source))
+    name = str(source) if str(source).startswith("hf:") else Path(source).name
+    return _joined(name, read_arrays(source))
 
 
 def _joined(name: str, parts: Sequence[Arrays]) -> ImageDataset:

@@ -77,17 +77,22 @@ def weak(
     )
 
 
+FREE: dict[str, Callable[..., Draws]] = {
+    "best of N": best,
+    "importance resampling": importance,
+    "DPS": partial(guidance, dps),
+    "LGD-MC": partial(guidance, lgd_mc),
+    "twisted SMC": partial(swarm, twisted_smc, 3),
+    "FK steering": partial(swarm, fk_steering, 1),
+}
+WEAK = "DPS as published"
+
+
 def training_free(
     classifier: Classifier, labels: Sequence[int] | None
 ) -> dict[str, Callable[..., Draws]]:
-    """Name -> method(diffusion, denoiser, log_reward, condition, budget=, beta=, generator=)."""
-    methods = {
-        "best of N": best,
-        "importance resampling": importance,
-        "DPS": partial(guidance, dps),
-        "LGD-MC": partial(guidance, lgd_mc),
-        "twisted SMC": partial(swarm, twisted_smc, 3),
-        "FK steering": partial(swarm, fk_steering, 1),
-    }
-    published = {"DPS as published": partial(weak, classifier, labels)} if labels else {}
-    return methods | published
+    """Name -> method(diffusion, denoiser, log_reward, condition, budget=, beta=, generator=).
+
+    WEAK has no form for each class alone, `labels` None.
+    """
+    return FREE | ({WEAK: partial(weak, classifier, labels)} if labels else {})

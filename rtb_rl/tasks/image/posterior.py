@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from rtb_rl.adapters.extras import extra
-from rtb_rl.adapters.lora import WithoutLora, add_lora
+from rtb_rl.adapters.lora import WithoutLora, add_lora, has_attention
 from rtb_rl.adapters.pipelines import PipelinePrior
 from rtb_rl.adapters.schedulers import scheduler_grid
 from rtb_rl.adapters.unets import denoiser_from_unet
@@ -30,7 +30,7 @@ from rtb_rl.training.calls import NetworkCalls
 from rtb_rl.training.diagnostics import diagnose
 from rtb_rl.training.ema import TrainedState
 from rtb_rl.training.loop import train
-from rtb_rl.training.processes import first_of_all, own_directory, own_name
+from rtb_rl.training.processes import first_of_all, own_directory, own_name, sum_of_all
 from rtb_rl.training.run import Run
 from rtb_rl.training.scoring import score
 from rtb_rl.training.seeding import generator_for
@@ -66,11 +66,8 @@ def posterior_task(
     unet, scheduler = prior.pipeline.unet, prior.pipeline.scheduler
     grid = scheduler_grid(scheduler, prior.diffusion.levels)
     adapted = settings.lora_rank is not None
-    if adapted and target.is_conditional:
-        raise InputError(
-            f"the target {target.name!r} has conditions that the prior's network has no input for,"
-            " and adapters add none; leave lora_rank out"
-        )
+    if adapted:
+        check_adapters(unet, conditional=target.is_conditional)
     trained = _view(unet) if adapted else target.widen(unet)
     trained.requires_grad_(not adapted)
     if settings.lora_rank is not None:
@@ -87,6 +84,20 @@ def posterior_task(
     return task, trained
 
 
+def check_adapters(unet: UNet2DModel, *, conditional: bool) -> None:
+    """InputError unless adapters on this U-Net can make a posterior, `conditional` or not."""
+    if conditional:
+        raise InputError(
+            "the target has conditions that the prior's network has no input for, and adapters"
+            " add none; leave lora_rank out"
+        )
+    if not has_attention(unet):
+        raise InputError(
+            "adapters go on attention layers and the prior's network has none; leave lora_rank"
+            " out, or give a prior with attention"
+        )
+
+
 def fit_posterior(
     directory: str | Path,
     prior: PipelinePrior,
@@ -100,51 +111,61 @@ def fit_posterior(
 
     The directory holds diagnostics in results.json and, where every weight was trained, a pipeline
     that plain diffusers loads; else the adapters in diffusers' format. Raises InputError for a
-    reward that does not return one number an image, before any training.
+    reward that does not return one number an image and for settings that don't fit, before anything
+    is written.
     """
     settings = settings or PosteriorSettings()
     accelerator = Accelerator()
     task, unet = posterior_task(prior, target, settings, seed=seed)
     check_reward(task, seed=seed)
-    config = {
-        "target": target.name,
-        "posterior": asdict(settings),
-        "prior": fingerprint(prior.pipeline.unet),
-        "levels": prior.diffusion.levels,
-        "trainer": make_trainer.__name__,
-        "seed": seed,
-    }
-    run = Run(own_directory(Path(directory), accelerator), config)
+    given = {"posterior": asdict(settings), "trainer": make_trainer.__name__, "seed": seed}
+    made_from = {"prior": fingerprint(prior.pipeline.unet), "levels": prior.diffusion.levels}
+    config = {"target": target.name, **given, **made_from}
+    generator = generator_for(seed, *own_name("posterior", accelerator), device=_device(task))
+    trainer = make_trainer(task, target, settings, generator, accelerator)
+    run = _open_run(Path(directory), config, accelerator)
 
     def fit() -> dict[str, Any]:
-        generator = generator_for(seed, *own_name("posterior", accelerator), device=_device(task))
-        trainer = make_trainer(task, target, settings, generator, accelerator)
         calls = NetworkCalls({prior.pipeline.unet, unet})
-        observe = partial(_log_grid, run, task, settings, seed)
+        observe = partial(_log_grid, run, task, settings, seed, calls)
         seconds = _train(run, trainer, calls, settings, accelerator, observe)
         calls.stop()
         task.posterior.load_state_dict(trainer.average.module.state_dict())
-        diagnostics = diagnose(
-            task,
-            task.posterior,
-            settings.finetune.beta,
-            rows=settings.diagnostic_rows,
-            samples=settings.diagnostic_samples,
-            generator=generator_for(seed, "diagnostics", device=_device(task)),
-        )
-        return {"seconds": seconds, "network_calls": calls.total, "diagnostics": diagnostics}
+        return {
+            "seconds": seconds,
+            "network_calls": sum_of_all(accelerator, calls.total),
+            "diagnostics": _diagnostics(task, settings, seed),
+        }
 
     complete(run, task.posterior, fit, part=TrainedState(task.posterior))
     results = run.results or {}
-    export_posterior(
-        run.directory,
-        prior,
-        unet,
-        name=target.name,
-        beta=settings.finetune.beta,
-        diagnostics=results["diagnostics"],
-    )
+    if accelerator.is_main_process:
+        told = {"beta": settings.finetune.beta, "diagnostics": results["diagnostics"]}
+        export_posterior(run.directory, prior, unet, name=target.name, **told)
     return ImagePosterior(task, unet, results)
+
+
+def _diagnostics(task: Task, settings: PosteriorSettings, seed: int) -> dict[str, float]:
+    return diagnose(
+        task,
+        task.posterior,
+        settings.finetune.beta,
+        rows=settings.diagnostic_rows,
+        samples=settings.diagnostic_samples,
+        generator=generator_for(seed, "diagnostics", device=_device(task)),
+    )
+
+
+def _open_run(directory: Path, config: Mapping[str, Any], accelerator: Accelerator) -> Run:
+    """This process's run; where the first has finished, all take over what it has."""
+    accelerator.wait_for_everyone()
+    finished = (directory / "results.json").exists()
+    accelerator.wait_for_everyone()
+    own = directory if finished else own_directory(directory, accelerator)
+    if not finished:  # of the first, so that all go on together
+        (own / "results.json").unlink(missing_ok=True)
+    with accelerator.main_process_first():
+        return Run(own, config)
 
 
 def _train(
@@ -158,7 +179,7 @@ def _train(
     return train(
         run,
         trainer.update,
-        {**trainer.parts, "calls": calls},
+        {**trainer.parts, "network_calls": calls},
         steps=settings.finetune.updates,
         description="posterior",
         log_every=settings.log_every,
@@ -178,14 +199,26 @@ def check_reward(task: Task, *, seed: int) -> None:
     generator = generator_for(seed, "check", device=_device(task))
     condition, x0 = task.draw_conditions(2, generator=generator)
     x0 = task.diffusion.start(2, generator=generator) if x0 is None else x0
-    score(task, x0, condition)
+    try:
+        score(task, x0, condition)
+    except InputError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise InputError(
+            f"the reward of target {task.name!r} fails on images of shape {tuple(x0.shape[1:])},"
+            f" which the prior makes ({reason}); give a reward or classifier made for such images"
+        ) from error
 
 
 @torch.no_grad()
-def _log_grid(run: Run, task: Task, settings: PosteriorSettings, seed: int, step: int) -> None:
-    """Samples to TensorBoard: of the prior once, of the posterior as it is."""
+def _log_grid(
+    run: Run, task: Task, settings: PosteriorSettings, seed: int, calls: NetworkCalls, step: int
+) -> None:
+    """Samples to TensorBoard: of the prior once, of the posterior as it is. Not counted."""
     if step % settings.grid_every:
         return
+    spent = calls.total
     denoisers = {"posterior": task.posterior}
     if step == settings.grid_every:
         denoisers["prior"] = task.prior
@@ -194,6 +227,7 @@ def _log_grid(run: Run, task: Task, settings: PosteriorSettings, seed: int, step
         condition, _ = task.draw_conditions(GRID, generator=generator)
         paths = rollout(task.diffusion, denoiser, condition, GRID, generator=generator)
         run.log_images(step, f"samples/{name}", to_images(paths.x0))
+    calls.total = spent
 
 
 def _device(task: Task) -> torch.device:

@@ -44,7 +44,7 @@ class PriorSettings:
     widths: tuple[int, ...] = (32, 48)
     """Channels at each resolution, halved from one to the next."""
     attention: bool = True
-    """Self-attention at the lowest resolution."""
+    """Self-attention in the blocks of the lowest resolution; between them there always is."""
     levels: int = 20
     pretrain: PretrainSettings = field(
         default_factory=lambda: PretrainSettings(steps=3000, batch=128)
@@ -90,7 +90,12 @@ def new_unet(
 
 
 def new_scheduler(levels: int) -> DDPMScheduler:
-    """A cosine schedule of its own for so many levels (arXiv 2102.09672), velocity prediction."""
+    """A cosine schedule of its own for so many levels (arXiv 2102.09672), velocity prediction.
+
+    InputError for none.
+    """
+    if levels < 1:
+        raise InputError(f"a chain of {levels} levels has no step; give 1 level or more")
     return DDPMScheduler(
         num_train_timesteps=levels,
         beta_schedule="squaredcos_cap_v2",
@@ -173,6 +178,11 @@ def foreign_prior(
     shape than `shape`.
     """
     pipeline = load_pipeline(source)
+    if pipeline.scheduler.config.get("clip_sample") and not unclipped:
+        raise InputError(
+            f"the pipeline {str(source)!r} clips its predictions (clip_sample=True), and such steps"
+            " have no Gaussian density; set unclipped to sample it without"
+        )
     if unclipped:
         pipeline.scheduler = pipeline.scheduler.from_config(
             pipeline.scheduler.config, clip_sample=False

@@ -24,6 +24,9 @@ class ImageSettings:
     out: Path = Path("runs/image")
     """Directory of the run; the same command continues what it finds there."""
     seed: int = 0
+    """Of the posterior and its draws."""
+    prior_seed: int = 0
+    """Of prior, classifiers and reference."""
     budget: BudgetName = "full"
     prior: str | None = None
     """A diffusers DDPM pipeline, folder or hub id, instead of a prior trained on the data."""
@@ -35,6 +38,8 @@ class ImageSettings:
     """Run whose prior, classifiers and reference are used instead of fitting them here."""
     beta: float = 1.0
     """Strength of the reward."""
+    draws: int | None = None
+    """Of each method, for the comparison; not given: those of the budget."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,9 @@ def _larger() -> Budget:
         ),
         classifier=ClassifierSettings(steps=1500, width=16),
         judge=ClassifierSettings(steps=1500, width=24),
-        posterior=_with(PosteriorSettings(), updates=150, conditions=32, levels_per_path=5),
+        posterior=_with(
+            PosteriorSettings(), updates=150, conditions=32, levels_per_path=5, learning_rate=2e-5
+        ),
         reference_draws=5000,
         draws=1000,
     )

@@ -13,14 +13,16 @@ from torch import Generator, Tensor, nn
 
 from rtb_rl.adapters.extras import extra
 from rtb_rl.adapters.unets import Encode, UNetInputs, with_channels, with_classes
-from rtb_rl.core import ConditionalLogZ, GroupMeanLogZ, LogReward, ScalarLogZ, conditions
+from rtb_rl.core import ConditionalLogZ, GroupMeanLogZ, LogReward, ScalarLogZ
 from rtb_rl.core.protocols import Condition
+from rtb_rl.errors import InputError
 from rtb_rl.tasks.image.measurements import Measurement, measurement_reward
 from rtb_rl.tasks.image.rewards import (
     Classifier,
     ConditionalClassProbability,
     ImageReward,
     UnionProbability,
+    check_labels,
     in_model_space,
 )
 from rtb_rl.training.mix import LearnedLogZ
@@ -55,13 +57,21 @@ def reward_target(name: str, reward: ImageReward) -> ImageTarget:
 
 
 def class_target(classifier: Classifier, labels: Sequence[int]) -> ImageTarget:
-    """r(x) = p(one of `labels` | x). InputError for labels that the classifier does not have."""
+    """r(x) = p(one of `labels` | x). InputError for labels that the classifier does not have.
+
+    A classifier of images of another size is refused by `fit_posterior`, which knows the prior.
+    """
+    labels = tuple(dict.fromkeys(labels))
     name = "class " + "+".join(str(label) for label in labels)
     return reward_target(name, UnionProbability(classifier, labels))
 
 
 def every_class_target(classifier: Classifier, classes: int) -> ImageTarget:
-    """One posterior for all classes: r(x | c) = p(c | x), the class c drawn uniformly."""
+    """One posterior for all classes: r(x | c) = p(c | x), the class c drawn uniformly.
+
+    InputError for more classes than the classifier has.
+    """
+    check_labels(classifier, range(classes))
 
     def draw(n: int, *, generator: Generator) -> tuple[Condition, None]:
         device = generator.device
@@ -103,8 +113,17 @@ def measurement_target(measurement: Measurement, draws: Tensor) -> ImageTarget:
         draw,
         lambda unet: with_channels(unet, probe.shape[1]),
         encode,
-        GroupMeanLogZ,
+        _group_mean,
     )
+
+
+def _group_mean(paths: int) -> LearnedLogZ:
+    if paths < 2:
+        raise InputError(
+            f"log Z of an observation is the mean over its paths, and the mix has {paths}; give a"
+            " mix of 2 paths or more"
+        )
+    return GroupMeanLogZ(paths)
 
 
 class ClassTable(nn.Module):
@@ -121,9 +140,3 @@ class ClassTable(nn.Module):
 def _labels(condition: Condition) -> UNetInputs:
     assert isinstance(condition, Tensor)
     return UNetInputs(class_labels=condition)
-
-
-def rows_of(target: ImageTarget, rows: int, *, generator: Generator) -> Condition:
-    """Conditions of the target, `rows` of them; None where it has none."""
-    condition, _ = target.draw_conditions(rows, generator=generator)
-    return conditions.take(condition, slice(0, rows))

@@ -7,12 +7,11 @@ from typing import Any, Protocol
 from accelerate import Accelerator
 from torch import Generator, Tensor
 
-from rtb_rl.adapters.pipelines import PipelinePrior
 from rtb_rl.baselines.adjoint import AdjointMatching
 from rtb_rl.baselines.policy_gradient import PolicyGradient
 from rtb_rl.baselines.surrogates import ClippedDdpo, Ddpo, Dpok, Surrogate, published_dpok
 from rtb_rl.baselines.trainer import BaselineSettings
-from rtb_rl.core import huber, rtb
+from rtb_rl.core import GaussianDiffusion, huber, rtb
 from rtb_rl.tasks.image.target import ImageTarget
 from rtb_rl.training.checkpoint import Stateful
 from rtb_rl.training.finetune import Finetuner
@@ -42,7 +41,7 @@ class PosteriorSettings:
             average_decay=0.97,
         )
     )
-    huber_threshold: float | None = 5.0
+    huber_threshold: float | None = 20.0
     """Residuals beyond it, in nats, are penalised linearly; None: squared throughout."""
     lora_rank: int | None = None
     """Rank of adapters on the attention of the prior's own network; None: all weights of a copy."""
@@ -96,8 +95,8 @@ class Baseline:
     """Makes a trainer with the settings of trajectory balance, as far as they apply."""
 
     name: str
-    surrogate: Surrogate | None = None
-    """Of a policy gradient; None: adjoint matching."""
+    surrogate: Callable[[GaussianDiffusion], Surrogate] | None = None
+    """Makes that of a policy gradient; None: adjoint matching."""
 
     @property
     def __name__(self) -> str:
@@ -127,16 +126,18 @@ class Baseline:
         )
         if self.surrogate is None:
             return AdjointMatching(task, chosen, generator=generator)
-        return PolicyGradient(task, chosen, surrogate=self.surrogate, generator=generator)
+        assert isinstance(task.diffusion, GaussianDiffusion)
+        surrogate = self.surrogate(task.diffusion)
+        return PolicyGradient(task, chosen, surrogate=surrogate, generator=generator)
 
 
-def trained_baselines(prior: PipelinePrior) -> dict[str, Baseline]:
+def trained_baselines() -> dict[str, Baseline]:
     """Name -> what makes the trainer."""
     methods = (
-        Baseline("DDPO", Ddpo()),
-        Baseline("DDPO, clipped", ClippedDdpo()),
-        Baseline("DPOK, KL weight 1/beta", Dpok()),
-        Baseline("DPOK, published weights", published_dpok(prior.diffusion)),
+        Baseline("DDPO", lambda diffusion: Ddpo()),
+        Baseline("DDPO, clipped", lambda diffusion: ClippedDdpo()),
+        Baseline("DPOK, KL weight 1/beta", lambda diffusion: Dpok()),
+        Baseline("DPOK, published weights", published_dpok),
         Baseline("adjoint matching"),
     )
     return {method.name: method for method in methods}

@@ -1,0 +1,99 @@
+"""Tables of finished image runs: one for each data set and target, raw rows beside it.
+
+    rtb-rl bench image_table --runs runs/even-0 runs/even-1 runs/even-baselines --out
+    benchmarks/results/images
+
+Writes rows.jsonl (a row a run and method, with the run's manifest), table.md and each run's figure.
+"""
+
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+
+from rtb_rl.errors import InputError
+from rtb_rl.tasks.image import markdown
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Tables of finished image runs."""
+
+    runs: tuple[Path, ...] = field(default_factory=tuple)
+    """Directories of finished runs of rtb_image and image_baselines."""
+    out: Path = Path("benchmarks/results/images")
+    fast: bool = False
+    """Without effect: nothing is trained here."""
+
+
+def rows_of(directory: Path) -> list[dict[str, Any]]:
+    """One row a method of a finished run."""
+    path = directory / "results.json"
+    if not path.exists():
+        raise InputError(f"{directory} has no results.json; finish that run first")
+    results = json.loads(path.read_text())
+    config = json.loads((directory / "config.json").read_text())
+    manifest = json.loads((directory / "manifest.json").read_text())
+    shared = {
+        "data": Path(config["data"]).name,
+        "data_sha256": config["data_sha256"],
+        "target": results["target"],
+        "seed": config["seed"],
+        "budget": config["settings"],
+        "manifest": manifest,
+    }
+    return [{**shared, **row} for row in results["methods"].values()]
+
+
+def mean_over_seeds(rows: Rows) -> dict[str, Any]:
+    """The mean of every number; with several seeds its error is that of the mean over them."""
+    numbers = [name for name, value in rows[0].items() if isinstance(value, int | float)]
+    found: dict[str, Any] = {}
+    for name in numbers:
+        values = [row[name] for row in rows if row[name] is not None]
+        found[name] = float(np.mean(values))
+        measured = f"{name}_error" in rows[0] and not name.startswith("reference_")
+        if len(rows) > 1 and measured:
+            found[f"{name}_error"] = float(np.std(values, ddof=1) / len(values) ** 0.5)
+    return {**dict.fromkeys(rows[0]), **found}
+
+
+def tables(rows: Rows) -> str:
+    """Markdown: a heading and a table for each data set and target."""
+    groups: dict[tuple[str, str], dict[str, list]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        groups[row["data"], row["target"]][row["method"]].append(row)
+    parts = []
+    for (data, target), methods in groups.items():
+        means = {
+            f"{name}, {len(found)} seeds" if len(found) > 1 else name: mean_over_seeds(found)
+            for name, found in methods.items()
+        }
+        parts.append(f"### {data}, {target}\n\n{markdown(means)}")
+    return "\n".join(parts)
+
+
+def main(settings: Settings) -> None:
+    """Collect the runs."""
+    if not settings.runs:
+        raise InputError("no runs to make a table of; name finished ones with --runs")
+    rows = [row for directory in settings.runs for row in rows_of(directory)]
+    settings.out.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (settings.out / "rows.jsonl").write_text(lines)
+    (settings.out / "table.md").write_text(tables(rows))
+    for directory in settings.runs:
+        shutil.copy(directory / "figure.png", settings.out / f"{directory.name}.png")
+    print((settings.out / "table.md").read_text())
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))
