@@ -18,7 +18,7 @@ import numpy as np
 import tyro
 
 from rtb_rl.errors import InputError
-from rtb_rl.tasks.image import markdown
+from rtb_rl.tasks.image.report import markdown
 
 Rows = Sequence[Mapping[str, Any]]
 

@@ -223,10 +223,13 @@ def test_a_program_has_the_agreed_options(name):
     settings = importlib.import_module(f"rtb_rl.agents.{name}").Settings
     fields = {field.name: field for field in dataclasses.fields(settings)}
     assert settings.__dataclass_params__.frozen and settings.__doc__
-    assert {"dataset", "env_id", "out", "seed", "budget"} <= set(fields)
+    of_images = "image" in name
+    own = {"data", "target"} if of_images else {"dataset", "env_id"}
+    assert own | {"out", "seed", "budget"} <= set(fields)
+    words = [word for option in sorted(own) for word in (f"--{option.replace('_', '-')}", "x")]
     for budget in ("smoke", "demo", "full"):
-        arguments = [name, "--dataset", "x", "--env-id", "y", "--out", "z", "--seed", "1"]
-        assert cli.parse(["run", *arguments, "--budget", budget])
+        arguments = [name, *words, "--out", "z", "--seed", "1", "--budget", budget]
+        assert cli.parse(["run", *arguments])
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

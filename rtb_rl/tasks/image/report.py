@@ -126,6 +126,6 @@ def mosaic(images: Tensor) -> np.ndarray:
 def _cell(value: float | None, error: float | None) -> str:
     if value is None:
         return "-"
-    digits = 3 if abs(value) < 10 and value != int(value) else 0
+    digits = 0 if isinstance(value, int) or abs(value) >= 10 else 3
     spread = "" if error is None else f" ± {error:.{digits}f}"
     return f"{value:.{digits}f}{spread}"

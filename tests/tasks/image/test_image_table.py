@@ -1,0 +1,71 @@
+"""The table of finished runs: means and errors over seeds, one table a target, bad input."""
+
+import json
+
+import pytest
+
+from rtb_rl.benchmarks.image_table import Settings, main, mean_over_seeds, rows_of
+from rtb_rl.errors import InputError
+
+ROW = {
+    "method": "rtb",
+    "log_reward_error": 0.5,
+    "reference_log_reward": -0.1,
+    "reference_log_reward_error": 0.01,
+    "reference_log_z": -0.7,
+    "reference_log_z_error": 0.02,
+    "reference_ess": 0.5,
+    "reference_judged": -0.2,
+    "reference_judged_error": 0.02,
+    "reference_diversity": 0.4,
+    "frechet_halves": 10.0,
+    "collapsed": 0.0,
+    "ess": None,
+}
+
+
+def finished(directory, seed, value, target="class 3"):
+    directory.mkdir()
+    (directory / "figure.png").write_bytes(b"png")
+    config = {"data": "folder/digits", "data_sha256": "x", "seed": seed, "settings": {}}
+    row = {**ROW, "log_reward": value}
+    for name, content in (
+        ("config", config),
+        ("manifest", {"commit": "abc"}),
+        ("results", {"methods": {"rtb": row}, "target": target}),
+    ):
+        (directory / f"{name}.json").write_text(json.dumps(content))
+    return directory
+
+
+def test_the_error_over_seeds_is_that_of_their_mean():
+    rows = [{**ROW, "log_reward": value} for value in (-1.0, -2.0, -3.0)]
+    mean = mean_over_seeds(rows)
+    assert mean["log_reward"] == pytest.approx(-2.0)
+    assert mean["log_reward_error"] == pytest.approx(1.0 / 3**0.5)
+    assert mean["reference_log_reward_error"] == pytest.approx(0.01)  # of one reference
+    assert mean["ess"] is None
+    assert mean_over_seeds(rows[:1])["log_reward_error"] == 0.5  # of the draws
+
+
+def test_runs_become_one_table_a_target(tmp_path):
+    runs = (
+        finished(tmp_path / "a", 0, -1.0),
+        finished(tmp_path / "b", 1, -3.0),
+        finished(tmp_path / "c", 0, -9.0, "class 4"),
+    )
+    main(Settings(runs, tmp_path / "out"))
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "### digits, class 3" in text and "### digits, class 4" in text
+    assert "| rtb, 2 seeds | -2.000 ± 1.000 |" in text and "| rtb | -9.000 ± 0.500" in text
+    rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
+    assert [row["seed"] for row in rows] == [0, 1, 0]
+    assert "folder" not in (tmp_path / "out" / "rows.jsonl").read_text()
+    assert (tmp_path / "out" / "a.png").exists()
+
+
+def test_an_unfinished_run_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"no results\.json; finish that run first"):
+        rows_of(tmp_path)
+    with pytest.raises(InputError, match="no runs"):
+        main(Settings((), tmp_path / "out"))
