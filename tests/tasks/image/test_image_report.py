@@ -62,7 +62,7 @@ def test_the_reference_is_a_row_of_its_own():
     assert found["E[log r]"] == "-0.520 ± 0.020"
     assert found["by the judge"] == "-0.710 ± 0.040"
     assert found["log Z"] == "-1.500 ± 0.015" and found["ESS"] == "0.400"
-    assert found["TV of classes"] == "0" and found["Frechet"] == "0.750"
+    assert found["TV of classes"] == "0.000" and found["Frechet"] == "0.750"
     assert found["training calls"] == found["calls / draw"] == "-"
 
 
