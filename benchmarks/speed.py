@@ -9,13 +9,11 @@ action and 5 ms for ten (published code: 128 and 177), 200 critic and 250 prior 
 batch 256. The matrix product says how fast the machine was.
 """
 
-import resource
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,6 +40,7 @@ from rtb_rl.training import (
     generator_for,
     write_rows,
 )
+from rtb_rl.training.memory import peak_memory
 
 OBSERVATION, ACTION = 17, 6
 TRAJECTORIES = 4096
@@ -54,8 +53,6 @@ class Settings:
     out: Path = Path("runs/speed")
     fast: bool = False
     """A few repeats only."""
-    memory_of_levels: int | None = None
-    """Used by the benchmark itself: print the peak memory of an update with that many levels."""
 
 
 class SyntheticData:
@@ -150,11 +147,15 @@ def memory_rows() -> Iterator[tuple[str, float, float | None]]:
     """Peak memory of an update in a process of its own, at few and at many levels."""
     peaks = {}
     for levels in (10, 80):
-        command = [sys.executable, __file__, "--memory-of-levels", str(levels)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        peaks[levels] = float(done.stdout)
+        peaks[levels] = peak_memory(partial(three_updates, levels))
         yield f"peak memory of a process with updates of {levels} levels, MiB", peaks[levels], None
     yield "peak memory at 80 levels over that at 10", peaks[80] / peaks[10], 1.1
+
+
+def three_updates(levels: int) -> None:
+    finetuner = finetuner_of(levels, Mix(on_policy=3, data=1), TRAJECTORIES // 4)
+    for step in range(3):
+        finetuner.update(step)
 
 
 def matrix_row(repeats: int) -> Iterator[tuple[str, float, float | None]]:
@@ -163,18 +164,8 @@ def matrix_row(repeats: int) -> Iterator[tuple[str, float, float | None]]:
     yield "machine: float32 matrix product of 2048, GFLOP/s", 2 * 2048**3 / seconds / 1e9, None
 
 
-def print_memory(levels: int) -> None:
-    finetuner = finetuner_of(levels, Mix(on_policy=3, data=1), TRAJECTORIES // 4)
-    for step in range(3):
-        finetuner.update(step)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-
-
 def main(settings: Settings) -> None:
     """Measure everything in turn and write one row a figure."""
-    if settings.memory_of_levels is not None:
-        print_memory(settings.memory_of_levels)
-        return
     repeats = 20 if settings.fast else 200
     run = Run(settings.out, {"fast": settings.fast})
     rows = [

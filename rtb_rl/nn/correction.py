@@ -10,7 +10,7 @@ from rtb_rl.core.protocols import Condition
 class Correction(nn.Module):
     """prior(x) + noise[level] * network(x): another predicted x_0, with the prior's spread kept.
 
-    The network (x, level, condition) -> [batch, *event] starts at zero and predicts a velocity
+    The network (x, level, condition) -> [batch, size] starts at zero and predicts a velocity
     (arXiv 2202.00512, appendix D), so that its output is of one order at every level. The prior is
     evaluated without gradient.
     """
@@ -20,7 +20,7 @@ class Correction(nn.Module):
     def __init__(self, prior: nn.Module, network: nn.Module, diffusion: GaussianDiffusion):
         super().__init__()
         self.prior, self.network = prior, network
-        self.register_buffer("noise", diffusion.noise.float(), persistent=False)
+        self.register_buffer("noise", diffusion.noise.flatten(1).float(), persistent=False)
 
     def forward(self, x: Tensor, level: Tensor, condition: Condition) -> ScaledPrediction:
         with torch.no_grad():
@@ -32,7 +32,7 @@ class Correction(nn.Module):
 class ScaledCorrection(nn.Module):
     """`Correction`, and a learned factor on the spread of each step and coordinate.
 
-    The network returns [batch, 2 size], for images [batch, 2 channels, ...]: the correction, then the logarithm of the factor, bounded
+    The network returns [batch, 2 size]: the correction, then the logarithm of the factor, bounded
     by +-`limit` and zero at first. The factor depends on the point: the variance of the exact
     tilted step does, s^2 / (1 + P s^2) where the value function has curvature -P there.
     """
@@ -49,7 +49,7 @@ class ScaledCorrection(nn.Module):
     ):
         super().__init__()
         self.prior, self.network, self.limit = prior, network, limit
-        self.register_buffer("noise", diffusion.noise.float(), persistent=False)
+        self.register_buffer("noise", diffusion.noise.flatten(1).float(), persistent=False)
 
     def forward(self, x: Tensor, level: Tensor, condition: Condition) -> ScaledPrediction:
         with torch.no_grad():
@@ -62,9 +62,9 @@ def scaled_correction(
     prior: ScaledPrediction, output: Tensor, unit: Tensor, limit: float
 ) -> ScaledPrediction:
     """The prior's prediction with the correction, in `unit`, and the log-scale in `output`,
-    [batch, 2 size], the two halves of axis 1.
+    [batch, 2 size].
     """
-    shift, raw = output.chunk(2, dim=1)
+    shift, raw = output.chunk(2, dim=-1)
     log_scale = prior.log_scale + limit * torch.tanh(raw / limit)
     return ScaledPrediction(prior.x0 + unit * shift, log_scale)
 

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from rtb_rl.adapters.extras import extra
 from rtb_rl.adapters.schedulers import diffusion_from_scheduler, scheduler_grid
 from rtb_rl.adapters.unets import denoiser_from_unet
-from rtb_rl.core import ScalarLogZ, huber, rtb
+from rtb_rl.core import GaussianDiffusion, Sampler, ScalarLogZ, huber, importance_log_z, rtb
 from rtb_rl.core.protocols import Condition
-from rtb_rl.nn import Correction, ResidualMLP
+from rtb_rl.nn import MLP
 from rtb_rl.tasks.image.images import ImageDataset, to_model_space
 from rtb_rl.tasks.image.metrics import class_histogram, total_variation
 from rtb_rl.tasks.image.smoothed import (
@@ -25,6 +25,7 @@ from rtb_rl.tasks.image.smoothed import (
     SmoothedImages,
     SmoothedUNet,
 )
+from rtb_rl.training.diagnostics import diagnose
 from rtb_rl.training.finetune import Finetuner
 from rtb_rl.training.loop import train
 from rtb_rl.training.mix import Mix
@@ -36,44 +37,74 @@ from rtb_rl.training.task import Task
 with extra("image"):
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
-BATCH = 1000  # images drawn at once
+BATCH = 1000  # images drawn or classified at once
 
 
 @dataclass(frozen=True)
 class ExactSettings:
-    """The prior, the network that corrects it, and how that is trained."""
+    """The prior, the network that reweighs it, how that is trained and how much is drawn."""
 
-    smoothing: float = 0.25
+    smoothing: float = 0.4
     """Standard deviation of the noise on each pixel, in model space."""
-    levels: int = 25
+    levels: int = 30
     width: int = 256
     """Of the network."""
+    draws: int = 6000
     huber_threshold: float = 5.0
     """Residuals beyond it, in nats, are penalised linearly."""
     finetune: FinetuneSettings = field(
         default_factory=lambda: FinetuneSettings(
-            updates=600,
-            beta_warmup=100,
+            updates=400,
+            beta_warmup=40,
             conditions=128,
             mix=Mix(on_policy=1, data=0),
-            levels_per_path=None,
-            learning_rate=1e-3,
+            levels_per_path=8,
+            learning_rate=2e-3,
             last_learning_rate=0.05,
-            log_z_learning_rate=0.05,
-            average_decay=0.99,
+            log_z_learning_rate=0.02,
+            gradient_clip=10.0,
+            average_decay=0.97,
         )
     )
 
 
-class OnPixels(nn.Module):
-    """A network of vectors, on images: [batch, C, H, W] -> the same."""
+class Reweighted(nn.Module):
+    """The denoiser of sum_i w_i N(x_i, width^2 I), log w_i = network(x_i), as the prior's plus what
+    the weights change.
 
-    def __init__(self, network: nn.Module):
+    The network sees the points, starts at zero and is all that is learned; it knows nothing of the
+    classes. The exact posterior is among these denoisers, so that whatever error is left comes from
+    the training, or from few levels.
+    """
+
+    signal: Tensor
+    noise: Tensor
+
+    def __init__(
+        self,
+        prior: nn.Module,
+        smoothed: SmoothedImages,
+        diffusion: GaussianDiffusion,
+        *,
+        width: int,
+        generator: Generator,
+    ):
         super().__init__()
-        self.network = network
+        self.prior, self.smoothed = prior, smoothed
+        self.network = MLP(smoothed.points[0].numel(), 1, width=width, generator=generator)
+        self.register_buffer("signal", diffusion.signal.flatten(1).float(), persistent=False)
+        self.register_buffer("noise", diffusion.noise.flatten(1).float(), persistent=False)
 
     def forward(self, x: Tensor, level: Tensor, condition: Condition) -> Tensor:
-        return self.network(x.flatten(1), level, condition).reshape(x.shape)
+        signal, noise = self.signal[level], self.noise[level]
+        with torch.no_grad():
+            x0 = self.prior(x, level, condition)
+            shares = self.smoothed.log_responsibilities(x, signal, noise)
+        points = self.smoothed.points.flatten(1)
+        weighted = (shares + self.network(points).squeeze(1)).softmax(1)
+        moved = (weighted - shares.softmax(1)) @ points
+        spread = (signal * self.smoothed.width).square()
+        return x0 + (noise.square() / (spread + noise.square()) * moved).reshape(x.shape)
 
 
 @dataclass(frozen=True)
@@ -85,48 +116,55 @@ class ExactProblem:
     classifier: BayesClassifier
 
     @property
-    def shares(self) -> Tensor:
-        """The mass of each class in the posterior: float64 [classes]."""
-        chosen = torch.isin(self.reward.labels, torch.tensor(self.reward.classes))
-        count = torch.bincount(self.reward.labels[chosen], minlength=self.classifier.classes)
-        return count.double() / count.sum()
+    def masses(self) -> Tensor:
+        """Of each class in the posterior, its share of the points asked for: float64 [classes]."""
+        labels = self.reward.labels
+        chosen = labels[torch.isin(labels, torch.tensor(self.reward.classes))]
+        count = torch.bincount(chosen, minlength=self.classifier.classes).double()
+        return count / count.sum()
 
     def histogram_error(self, x0: Tensor) -> float:
-        """Total variation between the classes of images [n, C, H, W] and those of the posterior."""
+        """Total variation between the classes of images [n, C, H, W], by the Bayes classifier, and
+        the masses. Exact draws have that of n counts, and a little for what classes overlap.
+        """
         logits = torch.cat([self.classifier(part) for part in x0.split(BATCH)])
-        return total_variation(class_histogram(logits), self.shares)
+        return total_variation(class_histogram(logits), self.masses)
 
 
 def exact_problem(
     dataset: ImageDataset, classes: Sequence[int], settings: ExactSettings, *, seed: int
 ) -> ExactProblem:
-    """p(x) p(one of `classes` | x) / Z, p the data set smoothed; the posterior starts as p.
+    """p(x) p(one of `classes` | x) / Z, p the smoothed data set; the posterior starts as p.
 
     InputError where the data set has no image of these classes.
     """
     smoothed = SmoothedImages(to_model_space(dataset.images), settings.smoothing)
     reward = BayesReward(smoothed, dataset.labels, tuple(classes))
-    scheduler = DDPMScheduler(clip_sample=False, timestep_spacing="trailing")
+    scheduler = DDPMScheduler(
+        beta_schedule="squaredcos_cap_v2", clip_sample=False, timestep_spacing="trailing"
+    )
     grid = scheduler_grid(scheduler, settings.levels)
     diffusion = diffusion_from_scheduler(scheduler, dataset.shape, levels=settings.levels)
     prior = denoiser_from_unet(SmoothedUNet(smoothed, scheduler.alphas_cumprod), scheduler, grid)
-    network = ResidualMLP(
-        smoothed.points[0].numel(),
-        settings.levels,
-        width=settings.width,
-        generator=generator_for(seed, "posterior", "initial"),
-    )
-    posterior = Correction(prior, OnPixels(network), diffusion)
-    name = "smoothed digits, class " + "+".join(map(str, classes))
+    generator = generator_for(seed, "posterior", "initial")
+    posterior = Reweighted(prior, smoothed, diffusion, width=settings.width, generator=generator)
+    name = f"smoothed {dataset.name}, class {'+'.join(map(str, classes))}"
     task = Task(name, diffusion, prior, posterior, reward)
-    classifier = BayesClassifier(smoothed, dataset.labels, len(dataset.classes))
-    return ExactProblem(task, reward, classifier)
+    return ExactProblem(
+        task, reward, BayesClassifier(smoothed, dataset.labels, len(dataset.classes))
+    )
 
 
 def fit_exact(
     run: Run, problem: ExactProblem, settings: ExactSettings, *, seed: int
-) -> tuple[nn.Module, float, float]:
-    """The trained posterior (the average of its weights), its log Z, seconds; resumable."""
+) -> dict[str, float]:
+    """Train the posterior and measure it; resumable. Log Z in nats, its errors against the exact.
+
+    `log_z_error` of the importance-weighted log Z of `draws` paths, with its standard error;
+    `learned_log_z_error`; `chain_log_z_error`, of the prior's own chain, by as many draws: what its
+    few levels make different from the closed form, whatever the posterior. `tv` of the classes and
+    `tv_of_exact_draws`, the floor; `ess` of the paths.
+    """
     log_z = ScalarLogZ()
     finetuner = Finetuner(
         problem.task,
@@ -145,4 +183,35 @@ def fit_exact(
         log_every=20,
         checkpoint_every=100,
     )
-    return finetuner.average.module, float(log_z.value.detach()), seconds
+    posterior, exact = finetuner.average.module, problem.reward.log_z
+    return {
+        "seconds": seconds,
+        "learned_log_z_error": abs(float(log_z.value.detach()) - exact),
+        **_measured(problem, posterior, settings, generator=generator_for(seed, "evaluation")),
+    }
+
+
+def _measured(
+    problem: ExactProblem, posterior: nn.Module, settings: ExactSettings, *, generator: Generator
+) -> dict[str, float]:
+    task, reward, count = problem.task, problem.reward, settings.draws
+    found = diagnose(task, posterior, 1.0, samples=count, generator=generator)
+    x0 = _drawn(Sampler(task.diffusion, posterior), count, generator=generator)
+    of_prior = _drawn(Sampler(task.diffusion, task.prior), count, generator=generator)
+    scores = torch.cat([reward(part, None) for part in of_prior.split(BATCH)])
+    chain, chain_error = importance_log_z(scores.double())
+    exact_draws = reward.posterior.sample(count, generator=generator)
+    return {
+        "log_z_error": abs(found["log_z"] - reward.log_z),
+        "log_z_standard_error": found["log_z_standard_error"],
+        "chain_log_z_error": abs(float(chain) - reward.log_z),
+        "chain_log_z_standard_error": float(chain_error),
+        "tv": problem.histogram_error(x0),
+        "tv_of_exact_draws": problem.histogram_error(exact_draws),
+        "ess": found["ess"],
+    }
+
+
+def _drawn(sampler: Sampler, count: int, *, generator: Generator) -> Tensor:
+    parts = [min(BATCH, count - begin) for begin in range(0, count, BATCH)]
+    return torch.cat([sampler.sample(None, n, generator=generator) for n in parts])

@@ -1,51 +1,39 @@
-"""Inverse problems: one posterior for all observations, judged where the truth is known.
+"""Fitting the posterior of an inverse problem for all observations, and what competes with it."""
 
-A draw of the prior and an observation of it are exact draws of both: given the observation, the
-truth is one more draw of its posterior. So whatever a sampler's draws have in the mean (how well
-they explain the observation, say), the truths must have, and among the draws of its posterior the
-truth must have a uniform rank.
-"""
-
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Generator, Tensor
 
 from rtb_rl.adapters.pipelines import PipelinePrior
+from rtb_rl.adapters.schedulers import scheduler_grid
+from rtb_rl.adapters.unets import denoiser_from_unet
 from rtb_rl.baselines.draws import Draws
 from rtb_rl.baselines.guidance import dps, lgd_mc
-from rtb_rl.baselines.selection import ImportanceReference
 from rtb_rl.baselines.steering import twisted_smc
-from rtb_rl.core import (
-    conditions,
-    effective_sample_size,
-    elbo,
-    importance_log_z,
-    log_weight,
-    rollout_against,
-)
 from rtb_rl.core.protocols import Condition
-from rtb_rl.tasks.image.measurements import (
-    OBSERVATION,
-    GaussianBlur,
-    Inpainting,
-    Measurement,
-    SuperResolution,
-    measurement_reward,
-)
-from rtb_rl.tasks.image.metrics import calibration_ranks, chi_square_p, psnr
-from rtb_rl.tasks.image.posterior import ImagePosterior
+from rtb_rl.tasks.image.measurements import measurement_reward
+from rtb_rl.tasks.image.observations import Observed, judge, pool_draws, posterior_draws
+from rtb_rl.tasks.image.posterior import fit_posterior, posterior_task
+from rtb_rl.tasks.image.target import ImageTarget, measurement_target
 from rtb_rl.tasks.image.trainers import PosteriorSettings
+from rtb_rl.training.calls import NetworkCalls
+from rtb_rl.training.loop import train
 from rtb_rl.training.mix import Mix
+from rtb_rl.training.pretrain import Pretrainer, PretrainSettings
+from rtb_rl.training.run import Run
 from rtb_rl.training.seeding import generator_for
 from rtb_rl.training.settings import FinetuneSettings
+from rtb_rl.training.stage import complete, fingerprint
 from rtb_rl.training.task import Task
 
-BINS = 8  # of ranks
+Method = Callable[..., Draws]
+"""(n, *, generator) -> `n` draws for every observation."""
 
 
 @dataclass(frozen=True)
@@ -53,20 +41,23 @@ class InverseSettings:
     """How the posterior of an inverse problem is trained, and how much it is asked."""
 
     observations: int = 100
-    draws: int = 16
+    draws: int = 12
     """For each observation."""
     pool: int = 4000
     """Prior draws that make the observations of training, and the reference by their weights."""
+    start: PretrainSettings = field(
+        default_factory=lambda: PretrainSettings(steps=1500, batch=64, average_decay=0.99)
+    )
     posterior: PosteriorSettings = field(
         default_factory=lambda: PosteriorSettings(
             finetune=FinetuneSettings(
-                updates=150,
-                beta_warmup=30,
+                updates=60,
+                beta_warmup=1,
                 conditions=16,
                 mix=Mix(on_policy=3, data=1),
                 levels_per_path=8,
                 chunk=256,
-                learning_rate=1e-4,
+                learning_rate=5e-5,
                 last_learning_rate=0.1,
                 average_decay=0.95,
             ),
@@ -75,124 +66,129 @@ class InverseSettings:
     )
 
 
-def measurements(shape: tuple[int, int, int], *, sigma: float) -> dict[str, Measurement]:
-    """The lower half hidden, squares of 2 x 2 pixels averaged, blurred; each with noise `sigma`."""
-    _, height, width = shape
-    visible = torch.zeros(height, width, dtype=torch.bool)
-    visible[: height // 2] = True
-    operators = {
-        "inpainting": Inpainting(visible),
-        "super-resolution": SuperResolution(2),
-        "deblurring": GaussianBlur(),
-    }
-    return {name: Measurement(operator, sigma) for name, operator in operators.items()}
+def denoising_start(
+    directory: str | Path,
+    prior: PipelinePrior,
+    target: ImageTarget,
+    settings: PretrainSettings,
+    *,
+    seed: int,
+) -> tuple[ImageTarget, int]:
+    """The target with a U-Net that knows its conditions already, and the network calls it took.
 
-
-@dataclass(frozen=True)
-class Observed:
-    """Truths [n, C, H, W], draws of the prior, and an observation of each."""
-
-    measurement: Measurement
-    truth: Tensor
-    condition: dict[str, Tensor]
-
-    def log_likelihood(self, x0: Tensor) -> Tensor:
-        """log p(y | x0), nats: [n, m] of [n, m, C, H, W]."""
-        each = self.condition[OBSERVATION].repeat_interleave(x0.shape[1], 0)
-        return self.measurement.log_likelihood(x0.flatten(0, 1), each).reshape(x0.shape[:2])
-
-    def statistics(self, x0: Tensor) -> dict[str, Tensor]:
-        """Numbers whose ranks are tested: [n, m] of [n, m, C, H, W]."""
-        generator = generator_for(0, "projection", device=x0.device)
-        direction = torch.randn(x0.shape[2:], generator=generator, device=x0.device)
-        height = x0.shape[-2]
-        return {
-            "log p(y|x)": self.log_likelihood(x0),
-            "mean of the lower half": x0[..., height // 2 :, :].mean((-3, -2, -1)),
-            "random projection": (x0 * direction).sum((-3, -2, -1)),
-        }
-
-
-def observe(measurement: Measurement, truth: Tensor, *, generator: Generator) -> Observed:
-    """An observation of each truth."""
-    y = measurement.observe(truth, generator=generator)
-    return Observed(measurement, truth, {OBSERVATION: y})
-
-
-def judge(draws: Draws, observed: Observed, *, generator: Generator) -> dict[str, float]:
-    """Draws [n, m, C, H, W] of the posteriors of n observations, against their truths.
-
-    `psnr` of the draws and `psnr_mean` of their mean, dB; `log_likelihood`, mean log p(y | x0), and
-    its excess over that of the truths, in standard errors over observations; `p` of the ranks of
-    each statistic. `log_z`, `ess` and `calls` where the method has them.
+    The prior's U-Net, widened, is trained to denoise the target's data given their conditions: each
+    is a draw of the posterior, so this is maximum likelihood; trajectory balance then needs to make
+    up only for what few levels and steps leave. Resumable.
     """
-    x0, truth = draws.x0, observed.truth
-    fit = observed.log_likelihood(x0).mean(1)
-    excess = fit - observed.log_likelihood(truth[:, None]).squeeze(1)
-    row = {
-        "psnr": float(psnr(x0.flatten(0, 1), truth.repeat_interleave(x0.shape[1], 0)).mean()),
-        "psnr_mean": float(psnr(x0.mean(1), truth).mean()),
-        "log_likelihood": float(fit.mean()),
-        "excess": float(excess.mean() / (excess.std() / math.sqrt(len(excess)))),
-        "calls": draws.calls,
-    }
-    for name in ("log_z", "ess"):
-        if (values := getattr(draws, name)) is not None:
-            row[name] = float(values.mean())
-    return row | calibration(x0, observed, generator=generator)
+    config = {"start": asdict(settings), "prior": fingerprint(prior.denoiser), "seed": seed}
+    run = Run(directory, {**config, "target": target.name})
+    unet = target.widen(prior.pipeline.unet).requires_grad_(True)
+    scheduler, device = prior.pipeline.scheduler, prior.diffusion.signal.device
+    grid = scheduler_grid(scheduler, prior.diffusion.levels)
+    denoiser = denoiser_from_unet(
+        unet, scheduler, grid, encode=target.encode, precision=prior.precision
+    ).to(device)
 
+    def draw(n: int, *, generator: Generator) -> tuple[Tensor, Condition]:
+        condition, x0 = target.draw_conditions(n, generator=generator)
+        assert x0 is not None
+        return x0, condition
 
-def calibration(x0: Tensor, observed: Observed, *, generator: Generator) -> dict[str, float]:
-    """Chi-square p-values of the truths' ranks among the draws, "p of STATISTIC" each."""
-    count, drawn = x0.shape[1], observed.statistics(x0)
-    exact = observed.statistics(observed.truth[:, None])
-    return {
-        f"p of {name}": chi_square_p(
-            calibration_ranks(exact[name].squeeze(1), values, generator=generator),
-            count,
-            bins=min(BINS, count + 1),
+    def fit() -> dict[str, Any]:
+        generator = generator_for(seed, "start", device=device)
+        trainer = Pretrainer(prior.diffusion, denoiser, draw, settings, generator=generator)
+        calls = NetworkCalls({unet})
+        seconds = train(
+            run,
+            trainer.update,
+            {**trainer.parts, "calls": calls},
+            steps=settings.steps,
+            description="start",
+            checkpoint_every=200,
         )
-        for name, values in drawn.items()
+        calls.stop()
+        denoiser.load_state_dict(trainer.average.module.state_dict())
+        return {"seconds": seconds, "network_calls": calls.total}
+
+    complete(run, denoiser, fit)
+    calls = (run.results or {})["network_calls"]
+    return replace(target, widen=lambda _: copy.deepcopy(unet)), calls
+
+
+def compare_methods(
+    directory: str | Path,
+    prior: PipelinePrior,
+    observed: Observed,
+    pool: Tensor,
+    settings: InverseSettings,
+    *,
+    seed: int,
+) -> dict[str, dict[str, float]]:
+    """Rows of `judge` for RTB, for the start that it was given, and for what needs no training.
+
+    `pool`: prior draws [m, C, H, W], other than the truths. Every row is kept in the directory, and
+    is not made again. "truth" has what is known of the posterior itself.
+    """
+    directory, count = Path(directory), settings.draws
+    target = measurement_target(observed.measurement, pool)
+    started, start_calls = denoising_start(
+        directory / "start", prior, target, settings.start, seed=seed
+    )
+    start, _ = posterior_task(prior, started, settings.posterior, seed=seed)
+    fitted = fit_posterior(directory / "posterior", prior, started, settings.posterior, seed=seed)
+    calls = start_calls + fitted.results["network_calls"]
+    levels = prior.diffusion.levels
+    rows: dict[str, Callable[..., dict[str, float]]] = {
+        "RTB": partial(judge_network, fitted.task, observed, count, calls),
+        "denoising start": partial(judge_network, start, observed, count, start_calls),
+        **{
+            name: partial(judge_method, method, observed, count)
+            for name, method in training_free(prior, observed, particles=count).items()
+        },
+        "prior draws by weight": partial(
+            judge_method, partial(pool_draws, pool, levels, observed), observed, count
+        ),
+    }
+    truth = float(observed.log_likelihood(observed.truth[:, None]).mean())
+    return {
+        "truth": {"log_likelihood": truth},
+        **{name: _kept(directory / "rows", name, row, seed) for name, row in rows.items()},
     }
 
 
-def posterior_draws(
-    task: Task, condition: Condition, n: int, *, generator: Generator
-) -> tuple[Draws, float]:
-    """Draws of a trained posterior with the log Z and ESS of their weights, and the mean ELBO.
-
-    `calls` is the price of the draws alone; their weights cost as many calls of the prior.
-    """
-    rows = conditions.count(condition) or 1
-    each = conditions.repeat(condition, n)
-    paths, ratio = rollout_against(
-        task.diffusion, task.posterior, task.prior, each, rows * n, generator=generator
-    )
-    weight = log_weight(task.log_reward(paths.x0, each), ratio, 1.0).double().reshape(rows, n)
-    draws = Draws(
-        paths.x0.reshape(rows, n, *paths.x0.shape[1:]),
-        task.diffusion.levels,
-        importance_log_z(weight)[0],
-        effective_sample_size(weight),
-    )
-    return draws, float(elbo(weight).mean())
+def judge_network(
+    task: Task, observed: Observed, n: int, training_calls: int, *, generator: Generator
+) -> dict[str, float]:
+    """The row of a network that has learned the posterior, with its ELBO."""
+    draws, bound = posterior_draws(task, observed.condition, n, generator=generator)
+    row = judge(draws, observed, generator=generator)
+    return row | {"elbo": bound, "training_calls": training_calls}
 
 
-def pool_draws(
-    pool: Tensor, levels: int, observed: Observed, n: int, *, generator: Generator
-) -> Draws:
-    """Resampled from prior draws [m, C, H, W] by p(y | x0): the posterior, as m grows.
+def judge_method(
+    method: Method, observed: Observed, n: int, *, generator: Generator
+) -> dict[str, float]:
+    """The row of a method that is no network."""
+    return judge(method(n, generator=generator), observed, generator=generator)
 
-    `calls` is the price of the pool for one observation.
-    """
-    rows = len(observed.truth)
-    shared = pool.expand(rows, *pool.shape)
-    weight = torch.cat(
-        [
-            Observed(observed.measurement, truth, conditions_of(observed, row)).log_likelihood(x0)
-            for row, (truth, x0) in enumerate(zip(observed.truth.split(1), shared.split(1)))
-        ]
-    ).double()
-    reference = ImportanceReference(shared, weight)
-    x0 = reference.resample(n, generator=generator)
-    return Draws(x0, len(pool) * levels / n, reference.log_z, reference.ess)
+
+def training_free(prior: PipelinePrior, observed: Observed, *, particles: int) -> dict[str, Method]:
+    """Guidance and steering at their defaults; twisted SMC in populations of `particles`."""
+    reward = measurement_reward(observed.measurement)
+    model = (prior.diffusion, prior.denoiser, reward, observed.condition)
+    return {
+        "DPS": partial(dps, *model),
+        "LGD-MC": partial(lgd_mc, *model),
+        "twisted SMC": partial(twisted_smc, *model, particles=particles),
+    }
+
+
+def _kept(
+    directory: Path, name: str, row: Callable[..., dict[str, float]], seed: int
+) -> dict[str, float]:
+    run = Run(directory / name.replace(" ", "-"), {"method": name, "seed": seed})
+    if run.results is None:
+        begun = time.monotonic()
+        found = row(generator=generator_for(seed, name))
+        run.finish({**found, "seconds": time.monotonic() - begun})
+    return run.results or {}
