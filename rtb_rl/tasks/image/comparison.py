@@ -77,6 +77,7 @@ class ImageJob:
             "calls": draws.calls,
             "seconds": seconds / (x0.shape[0] * x0.shape[1]),
             "draws": x0.shape[0] * x0.shape[1],
+            "histogram": self._histogram(x0.flatten(0, 1)),
         }
 
     @property
@@ -119,7 +120,7 @@ class ImageJob:
             name: load(path.with_suffix(".safetensors").read_bytes())["x0"]
             for name, path in zip(names, found, strict=True)
         }
-        self._draw(samples)
+        self._draw(samples, {name: row["histogram"] for name, row in rows.items()})
         print_table(f"{self.data.name}, {self.target.name}, beta {self.settings.beta}", rows)
         replace_file(self.run.directory / "table.md", markdown(rows).encode())
         self.run.finish({"methods": rows, "target": self.target.name})
@@ -135,13 +136,19 @@ class ImageJob:
     def _rows(self) -> Path:
         return self.run.directory / "rows"
 
-    def _draw(self, samples: Mapping[str, Tensor]) -> None:
+    def _draw(self, samples: Mapping[str, Tensor], found: Mapping[str, Sequence[float]]) -> None:
+        """Images of prior, reference and methods; class histograms of all draws, by the judge."""
         first = self.references[0]
         generator = generator_for(self.settings.seed, "figure", device=first.draws.x0.device)
         resampled = [one.draws.resample(SIDE**2, generator=generator)[0] for one in self.references]
-        reference = torch.stack(resampled, 1).flatten(0, 1)
-        held = {"prior": first.draws.x0[0], "reference": reference, **samples}
-        histograms = {name: self._histogram(x0) for name, x0 in held.items()}
+        wanted = [one.mean(one.judgement.probabilities)[0] for one in self.references]
+        prior = first.draws.x0[0]
+        held = {"prior": prior, "reference": torch.stack(resampled, 1).flatten(0, 1), **samples}
+        histograms = {
+            "prior": self._histogram(prior),
+            "reference": torch.stack(wanted).mean(0).tolist(),
+            **found,
+        }
         figure = draw_figure(
             self.run.directory / "figure.png",
             {name: to_images(x0[: SIDE**2]) for name, x0 in held.items()},
@@ -150,11 +157,11 @@ class ImageJob:
         )
         self.run.log_figure(0, "evaluation", figure)
 
-    def _histogram(self, x0: Tensor) -> Tensor:
+    def _histogram(self, x0: Tensor) -> list[float]:
         classifier = self.judge.classifier
         with torch.no_grad():
             logits = torch.cat([classifier(to_images(part)) for part in x0.split(1000)])
-        return logits.double().softmax(-1).mean(0).cpu()
+        return logits.double().softmax(-1).mean(0).tolist()
 
 
 def _slug(name: str) -> str:

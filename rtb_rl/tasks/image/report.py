@@ -71,7 +71,7 @@ def print_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
 def draw_figure(
     path: Path,
     grids: Mapping[str, Tensor],
-    histograms: Mapping[str, Tensor],
+    histograms: Mapping[str, Sequence[float]],
     classes: Sequence[str],
 ):
     """A grid of images [n, C, H, W] in [0, 1] for each name, and below it its class histogram.
@@ -94,7 +94,7 @@ def draw_figure(
     )
     for axis in axes.flat:
         axis.axis("off")
-    highest = 1.05 * max(float(h.max()) for h in histograms.values())
+    highest = 1.05 * max(max(shares) for shares in histograms.values())
     for index, (name, images) in enumerate(grids.items()):
         band, column = divmod(index, columns)
         top, bottom = axes[2 * band, column], axes[2 * band + 1, column]
@@ -102,7 +102,7 @@ def draw_figure(
         top.set_title(name, fontsize=9)
         if name in histograms:
             bottom.axis("on")
-            bottom.bar(range(len(classes)), histograms[name].numpy(), color="#1f77b4")
+            bottom.bar(range(len(classes)), histograms[name], color="#1f77b4")
             bottom.set_xticks(range(len(classes)), list(classes), fontsize=6)
             bottom.set_ylim(0, highest)
             bottom.set_yticks([])

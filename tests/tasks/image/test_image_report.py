@@ -99,7 +99,7 @@ def test_a_mosaic_puts_image_i_at_row_i_over_side(channels):
 def test_the_figure_has_a_grid_and_a_histogram_for_every_name(tmp_path):
     names = [f"method {index}" for index in range(7)]
     grids = {name: torch.rand(3, 1, 4, 4) for name in names}
-    histograms = {name: torch.tensor([0.25, 0.75]) for name in names[:6]}
+    histograms = {name: [0.25, 0.75] for name in names[:6]}
     figure = draw_figure(tmp_path / "figure.png", grids, histograms, ("even", "odd"))
     titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
     assert titles == names

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-
 from rtb_rl.benchmarks.image_table import Settings, main, mean_over_seeds, rows_of
+
 from rtb_rl.errors import InputError
 
 ROW = {
