@@ -9,7 +9,6 @@ and spends less: the table has what was counted.
 """
 
 import json
-import re
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -31,6 +30,7 @@ from rtb_rl.tasks.image import (
     trained_baselines,
     training_free,
 )
+from rtb_rl.tasks.image.report import slug
 from rtb_rl.training import NetworkCalls, generator_for
 
 
@@ -59,7 +59,7 @@ def updates_within(job: ImageJob, method: Baseline, calls: float) -> int:
 
 def fit(job: ImageJob, method: Baseline, calls: float) -> ImagePosterior:
     """A posterior trained for as many calls as trajectory balance was."""
-    directory = job.run.directory / re.sub(r"\W+", "_", method.name)
+    directory = job.run.directory / slug(method.name)
     settings = job.budget.posterior
     updates = updates_within(job, method, calls)
     chosen = replace(settings, finetune=replace(settings.finetune, updates=updates))

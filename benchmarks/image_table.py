@@ -3,7 +3,8 @@
     rtb-rl bench image_table --runs runs/even-0 runs/even-1 runs/even-baselines --out
     benchmarks/results/images
 
-Writes rows.jsonl (a row a run and method, with the run's manifest), table.md and each run's figure.
+Writes rows.jsonl (a row a run and method, with the run's manifest), table.md, and for each data set
+and target a figure of what the methods draw, beside the figures of the runs of rtb_image.
 """
 
 import json
@@ -16,9 +17,11 @@ from typing import Any
 
 import numpy as np
 import tyro
+from safetensors.torch import load
 
 from rtb_rl.errors import InputError
-from rtb_rl.tasks.image.report import markdown
+from rtb_rl.tasks.image import to_images
+from rtb_rl.tasks.image.report import draw_figure, markdown, slug
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -81,6 +84,20 @@ def tables(rows: Rows) -> str:
     return "\n".join(parts)
 
 
+def draw_samples(runs: Sequence[Path], out: Path) -> None:
+    """One figure a data set and target: images of every method, of the first run that has it."""
+    grids: dict[str, dict[str, Any]] = defaultdict(dict)
+    for directory in runs:
+        for row in rows_of(directory):
+            kept = directory / "rows" / f"{slug(row['method'])}.safetensors"
+            if kept.exists():
+                images = to_images(load(kept.read_bytes())["x0"])
+                name = slug(f"{Path(row['data']).stem} {row['target']}")
+                grids[name].setdefault(row["method"], images)
+    for name, methods in grids.items():
+        draw_figure(out / f"{name}.png", methods, {}, ())
+
+
 def main(settings: Settings) -> None:
     """Collect the runs."""
     if not settings.runs:
@@ -90,8 +107,10 @@ def main(settings: Settings) -> None:
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (settings.out / "rows.jsonl").write_text(lines)
     (settings.out / "table.md").write_text(tables(rows))
+    draw_samples(settings.runs, settings.out)
     for directory in settings.runs:
-        shutil.copy(directory / "figure.png", settings.out / f"{directory.name}.png")
+        if (directory / "posterior").exists():
+            shutil.copy(directory / "figure.png", settings.out / f"{directory.name}.png")
     print((settings.out / "table.md").read_text())
 
 

@@ -1,7 +1,6 @@
 """An open image job: methods measured one by one, then a table and a figure of all."""
 
 import json
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from rtb_rl.nn.convolution import ConvClassifier
 from rtb_rl.tasks.image.evaluation import Judge, Reference, average_rows, compare
 from rtb_rl.tasks.image.images import ImageDataset, to_images
 from rtb_rl.tasks.image.posterior import ImagePosterior
-from rtb_rl.tasks.image.report import SIDE, draw_figure, markdown, print_table
+from rtb_rl.tasks.image.report import SIDE, draw_figure, markdown, print_table, slug
 from rtb_rl.tasks.image.settings import Budget, ImageSettings
 from rtb_rl.tasks.image.target import ImageTarget
 from rtb_rl.training.checkpoint import replace_file
@@ -95,7 +94,7 @@ class ImageJob:
 
         `training`: the results of the posterior's run, for a method that was trained.
         """
-        row, kept = (self._rows / f"{_slug(name)}.{end}" for end in ("json", "safetensors"))
+        row, kept = (self._rows / f"{slug(name)}.{end}" for end in ("json", "safetensors"))
         if row.exists():
             return
         generator = generator_for(self.settings.seed, name, device=self.data.images.device)
@@ -114,7 +113,7 @@ class ImageJob:
 
     def finish(self, names: Sequence[str]) -> None:
         """Print the table, draw the figure, write table.md and results.json, in this order."""
-        found = [self._rows / f"{_slug(name)}.json" for name in names]
+        found = [self._rows / f"{slug(name)}.json" for name in names]
         rows = {row["method"]: row for row in (json.loads(path.read_text()) for path in found)}
         samples = {
             name: load(path.with_suffix(".safetensors").read_bytes())["x0"]
@@ -162,10 +161,6 @@ class ImageJob:
         with torch.no_grad():
             logits = torch.cat([classifier(to_images(part)) for part in x0.split(1000)])
         return logits.double().softmax(-1).mean(0).tolist()
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"\W+", "_", name)
 
 
 def _of_training(results: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Side by side: a table of methods against the reference, and a figure of what they draw."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,11 @@ COLUMNS = {
 
 SIDE = 6  # images a side of a grid
 COLUMNS_OF_FIGURE = 5
+
+
+def slug(name: str) -> str:
+    """The name of a method as that of a file."""
+    return re.sub(r"\W+", "_", name)
 
 
 def cells(row: Mapping[str, Any]) -> list[str]:
@@ -94,7 +100,7 @@ def draw_figure(
     )
     for axis in axes.flat:
         axis.axis("off")
-    highest = 1.05 * max(max(shares) for shares in histograms.values())
+    highest = 1.05 * max((max(shares) for shares in histograms.values()), default=1.0)
     for index, (name, images) in enumerate(grids.items()):
         band, column = divmod(index, columns)
         top, bottom = axes[2 * band, column], axes[2 * band + 1, column]

@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import torch
 from rtb_rl.benchmarks.image_table import Settings, main, mean_over_seeds, rows_of
+from safetensors.torch import save_file
 
 from rtb_rl.errors import InputError
 
@@ -27,6 +29,9 @@ ROW = {
 def finished(directory, seed, value, target="class 3"):
     directory.mkdir()
     (directory / "figure.png").write_bytes(b"png")
+    (directory / "posterior").mkdir()
+    (directory / "rows").mkdir()
+    save_file({"x0": torch.zeros(3, 1, 4, 4)}, directory / "rows" / "rtb.safetensors")
     config = {"data": "folder/digits", "data_sha256": "x", "seed": seed, "settings": {}}
     row = {**ROW, "log_reward": value}
     for name, content in (
@@ -61,7 +66,8 @@ def test_runs_become_one_table_a_target(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
     assert [row["seed"] for row in rows] == [0, 1, 0]
     assert "folder" not in (tmp_path / "out" / "rows.jsonl").read_text()
-    assert (tmp_path / "out" / "a.png").exists()
+    pictures = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert pictures == {"a.png", "b.png", "c.png", "digits_class_3.png", "digits_class_4.png"}
 
 
 def test_an_unfinished_run_is_refused(tmp_path):
