@@ -57,14 +57,16 @@ def rows_of(directory: Path) -> list[dict[str, Any]]:
 
 
 def mean_over_seeds(rows: Rows) -> dict[str, Any]:
-    """The mean of every number; with several seeds its error is that of the mean over them."""
+    """The mean of every number over several seeds, with the error of such a mean."""
+    if len(rows) == 1:
+        return dict(rows[0])
     numbers = [name for name, value in rows[0].items() if isinstance(value, int | float)]
     found: dict[str, Any] = {}
     for name in numbers:
         values = [row[name] for row in rows if row[name] is not None]
         found[name] = float(np.mean(values))
         measured = f"{name}_error" in rows[0] and not name.startswith("reference_")
-        if len(rows) > 1 and measured:
+        if measured:
             found[f"{name}_error"] = float(np.std(values, ddof=1) / len(values) ** 0.5)
     return {**dict.fromkeys(rows[0]), **found}
 
