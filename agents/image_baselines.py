@@ -60,7 +60,7 @@ def updates_within(job: ImageJob, method: Baseline, calls: float) -> int:
 def fit(job: ImageJob, method: Baseline, calls: float) -> ImagePosterior:
     """A posterior trained for as many calls as trajectory balance was."""
     directory = job.run.directory / slug(method.name)
-    settings = job.budget.posterior
+    settings = replace(job.budget.posterior, start=None)
     updates = updates_within(job, method, calls)
     chosen = replace(settings, finetune=replace(settings.finetune, updates=updates))
     seed = job.settings.seed

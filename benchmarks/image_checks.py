@@ -185,7 +185,7 @@ def update_of(levels: int) -> None:
     tuned = FinetuneSettings(
         conditions=32, mix=Mix(on_policy=1, data=0), levels_per_path=None, chunk=256
     )
-    given = PosteriorSettings(finetune=tuned)
+    given = PosteriorSettings(start=None, finetune=tuned)
     task, _ = posterior_task(prior, target, given, seed=0)
     generator = generator_for(0, "memory")
     trainer = relative_trajectory_balance(task, target, given, generator, Accelerator())

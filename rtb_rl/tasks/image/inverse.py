@@ -50,6 +50,7 @@ class InverseSettings:
     )
     posterior: PosteriorSettings = field(
         default_factory=lambda: PosteriorSettings(
+            start=None,
             finetune=FinetuneSettings(
                 updates=60,
                 beta_warmup=1,

@@ -19,6 +19,7 @@ from rtb_rl.core import Sampler, rollout
 from rtb_rl.errors import InputError
 from rtb_rl.tasks.image.export import export_posterior
 from rtb_rl.tasks.image.images import to_images
+from rtb_rl.tasks.image.start import fit_start
 from rtb_rl.tasks.image.target import ImageTarget
 from rtb_rl.tasks.image.trainers import (
     MakeTrainer,
@@ -121,19 +122,39 @@ def fit_posterior(
     given = {"posterior": asdict(settings), "trainer": make_trainer.__name__, "seed": seed}
     made_from = {"prior": fingerprint(prior.pipeline.unet), "levels": prior.diffusion.levels}
     config = {"target": target.name, **given, **made_from}
-    generator = generator_for(seed, *own_name("posterior", accelerator), device=_device(task))
-    trainer = make_trainer(task, target, settings, generator, accelerator)
+
+    def new_trainer() -> Trainer:
+        name = own_name("posterior", accelerator)
+        generator = generator_for(seed, *name, device=_device(task))
+        return make_trainer(task, target, settings, generator, accelerator)
+
+    new_trainer()  # settings that don't fit are refused here
     run = _open_run(Path(directory), config, accelerator)
+    networks = {prior.pipeline.unet, unet}
 
     def fit() -> dict[str, Any]:
-        calls = NetworkCalls({prior.pipeline.unet, unet})
+        with accelerator.main_process_first():
+            start = fit_start(
+                Path(directory) / "start",
+                prior,
+                task,
+                settings.start,
+                settings.finetune.beta,
+                encode=target.encode,
+                networks=networks,
+                seed=seed,
+            )
+        trainer = new_trainer()
+        calls = NetworkCalls(networks)
         observe = partial(_log_grid, run, task, settings, seed, calls)
         seconds = _train(run, trainer, calls, settings, accelerator, observe)
         calls.stop()
         task.posterior.load_state_dict(trainer.average.module.state_dict())
+        spent = sum_of_all(accelerator, calls.total)
         return {
-            "seconds": seconds,
-            "network_calls": sum_of_all(accelerator, calls.total),
+            "seconds": seconds + start.get("seconds", 0.0),
+            "network_calls": spent + start.get("network_calls", 0),
+            "start": start,
             "diagnostics": _diagnostics(task, settings, seed),
         }
 

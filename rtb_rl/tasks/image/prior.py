@@ -1,5 +1,6 @@
 """Image priors: a small U-Net trained here, or any unconditional DDPM pipeline."""
 
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -198,13 +199,26 @@ def foreign_prior(
     return _frozen(prior)
 
 
-def prior_draws(directory: str | Path, prior: PipelinePrior, count: int, *, seed: int) -> Tensor:
-    """`count` draws of the prior in model space, [count, C, H, W], kept in a directory."""
+def prior_draws(
+    directory: str | Path,
+    prior: PipelinePrior,
+    count: int,
+    *,
+    seed: int,
+    purpose: str = "draws",
+) -> Tensor:
+    """`count` draws of the prior in model space, [count, C, H, W], kept in a directory.
+
+    Those for another `purpose` are independent.
+    """
     config = {"draws": count, "prior": fingerprint(prior.denoiser), "seed": seed}
+    if purpose != "draws":
+        config["purpose"] = purpose
     run = Run(directory, {**config, "levels": prior.diffusion.levels})
     path = run.directory / DRAWS
     if run.results is None:
-        generator = generator_for(seed, "draws", device=prior.diffusion.signal.device)
+        begun = time.monotonic()
+        generator = generator_for(seed, purpose, device=prior.diffusion.signal.device)
         drawn = []
         with progress("draws of the prior", count) as show:
             while (done := sum(map(len, drawn))) < count:
@@ -212,7 +226,7 @@ def prior_draws(directory: str | Path, prior: PipelinePrior, count: int, *, seed
                 drawn.append(prior.sampler.sample(None, rows, generator=generator))
                 show(done + rows, "")
         replace_file(path, save({"x0": torch.cat(drawn).cpu()}))
-        run.finish(config)
+        run.finish({**config, "seconds": time.monotonic() - begun})
     return load(path.read_bytes())["x0"].to(prior.diffusion.signal.device)
 
 

@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rtb_rl.tasks.image.classifier import ClassifierSettings
+from rtb_rl.tasks.image.follow import FollowSettings
+from rtb_rl.tasks.image.guide import ValueSettings
 from rtb_rl.tasks.image.images import ImageDataset
 from rtb_rl.tasks.image.prior import PriorSettings
+from rtb_rl.tasks.image.start import StartSettings
 from rtb_rl.tasks.image.trainers import PosteriorSettings
 from rtb_rl.training.pretrain import PretrainSettings
 
@@ -74,8 +77,13 @@ def _larger() -> Budget:
         ),
         classifier=ClassifierSettings(steps=1500, width=16),
         judge=ClassifierSettings(steps=1500, width=24),
-        posterior=_with(
-            PosteriorSettings(), updates=150, conditions=32, levels_per_path=5, learning_rate=2e-5
+        posterior=replace(
+            _with(PosteriorSettings(), updates=30),
+            start=StartSettings(
+                value=ValueSettings(draws=4000, steps=800, batch=64, width=16),
+                trial_paths=100,
+                follow=FollowSettings(steps=600, batch=64, paths=64, every=30),
+            ),
         ),
         reference_draws=5000,
         draws=1000,
@@ -86,7 +94,7 @@ def _demo(budget: Budget) -> Budget:
     return replace(
         budget,
         prior=replace(budget.prior, pretrain=replace(budget.prior.pretrain, steps=1500)),
-        posterior=_with(budget.posterior, updates=100),
+        posterior=_with(budget.posterior, updates=30),
         reference_draws=2000,
         draws=500,
     )
@@ -102,7 +110,16 @@ def _smoke(budget: Budget) -> Budget:
         classifier=tiny,
         judge=tiny,
         posterior=replace(
-            posterior, diagnostic_rows=2, diagnostic_samples=8, log_every=2, grid_every=2
+            posterior,
+            start=StartSettings(
+                value=ValueSettings(draws=40, steps=10, batch=16, width=4),
+                trial_paths=8,
+                follow=FollowSettings(steps=10, batch=16, paths=8, every=5),
+            ),
+            diagnostic_rows=2,
+            diagnostic_samples=8,
+            log_every=2,
+            grid_every=2,
         ),
         reference_draws=40,
         draws=20,

@@ -12,6 +12,7 @@ from rtb_rl.baselines.policy_gradient import PolicyGradient
 from rtb_rl.baselines.surrogates import ClippedDdpo, Ddpo, Dpok, Surrogate, published_dpok
 from rtb_rl.baselines.trainer import BaselineSettings
 from rtb_rl.core import GaussianDiffusion, huber, rtb
+from rtb_rl.tasks.image.start import StartSettings
 from rtb_rl.tasks.image.target import ImageTarget
 from rtb_rl.training.checkpoint import Stateful
 from rtb_rl.training.finetune import Finetuner
@@ -27,15 +28,17 @@ PATHS = 8
 class PosteriorSettings:
     """How an image posterior is trained."""
 
+    start: StartSettings | None = field(default_factory=StartSettings)
+    """What comes before: the posterior learns to follow a guide. None: it starts as the prior."""
     finetune: FinetuneSettings = field(
         default_factory=lambda: FinetuneSettings(
-            updates=300,
+            updates=100,
             beta_warmup=1,
             conditions=64,
             mix=Mix(on_policy=1, data=0),
             levels_per_path=8,
             chunk=256,
-            learning_rate=1e-4,
+            learning_rate=1e-5,
             last_learning_rate=0.03,
             log_z_learning_rate=0.1,
             average_decay=0.97,

@@ -30,6 +30,7 @@ from rtb_rl.training import FinetuneSettings, Mix
 
 SHAPE, LEVELS = (1, 8, 8), 5
 TINY = PosteriorSettings(
+    start=None,
     finetune=FinetuneSettings(
         updates=4, beta_warmup=1, conditions=8, mix=Mix(1, data=0), learning_rate=1e-3
     ),
