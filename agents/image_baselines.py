@@ -11,9 +11,11 @@ and spends less: the table has what was counted.
 import json
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import tyro
 from accelerate import Accelerator
+from rich.console import Console
 
 from rtb_rl import InputError
 from rtb_rl.tasks.image import (
@@ -40,6 +42,9 @@ class Settings(ImageSettings):
 
     methods: tuple[str, ...] = ()
     """Those to run, by the names in the table; not given: all of them."""
+    against: Path | None = None
+    """Finished run of rtb_image on the same target, whose network calls each method may spend; not
+    given: that of --share."""
     calls: float | None = None
     """Network calls that a training-free method may spend for each draw; not given: those that the
     shared run spent for each of its own."""
@@ -67,14 +72,22 @@ def fit(job: ImageJob, method: Baseline, calls: float) -> ImagePosterior:
     return fit_posterior(directory, job.prior, job.target, chosen, seed=seed, make_trainer=method)
 
 
-def shared_calls(settings: Settings) -> tuple[float, float]:
+def calls_of_rtb(settings: Settings) -> tuple[float, float]:
     """Network calls that trajectory balance spent: in training, and in all for each draw."""
-    if settings.share is None:
+    run = settings.against or settings.share
+    if run is None or settings.share is None:
         raise InputError("baselines stand on a run of rtb_image; name its directory with --share")
-    path = settings.share / "results.json"
+    path = run / "results.json"
     rows = json.loads(path.read_text()).get("methods", {}) if path.exists() else {}
     if "rtb" not in rows:
-        raise InputError(f"{settings.share} holds no finished run of rtb_image; finish it first")
+        raise InputError(f"{run} holds no finished run of rtb_image; finish it first")
+    made = json.loads((run / "config.json").read_text())
+    for name, asked in (("target", settings.target), ("beta", settings.beta)):
+        if made[name] != asked:
+            raise InputError(
+                f"{run} has {name} {made[name]}, and {asked} is asked for here; name a run of the"
+                f" same {name} with --against"
+            )
     row = rows["rtb"]
     return row["training_calls"], row["training_calls"] / row["draws"] + row["calls"]
 
@@ -94,13 +107,14 @@ def main(settings: Settings) -> None:
     if Accelerator().num_processes > 1:
         raise InputError("the baselines train in one process; start them without a launcher")
     names = chosen_methods(settings)
-    training, each = shared_calls(settings)
+    training, each = calls_of_rtb(settings)
     job = open_image_job(settings, program="image_baselines")
     free, fitted = training_free(job.classifier, job.labels), trained_baselines()
     budget = CallBudget(settings.calls or each, job.draws_each, job.prior.diffusion.levels)
     model = (job.prior.diffusion, job.prior.denoiser, job.target.log_reward, job.condition)
 
     for name in names:
+        Console().print(f"[bold]{name}[/bold]")
         if name in fitted:
             posterior = fit(job, fitted[name], training)
             job.measure(name, partial(job.draw, posterior), posterior.results)

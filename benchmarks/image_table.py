@@ -21,7 +21,7 @@ from safetensors.torch import load
 
 from rtb_rl.errors import InputError
 from rtb_rl.tasks.image import to_images
-from rtb_rl.tasks.image.report import draw_figure, markdown, slug
+from rtb_rl.tasks.image.report import draw_figure, mark, markdown, slug
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -87,17 +87,22 @@ def tables(rows: Rows) -> str:
 
 
 def draw_samples(runs: Sequence[Path], out: Path) -> None:
-    """One figure a data set and target: images of every method, of the first run that has it."""
+    """One figure a data set and target: images of every method and the classes that it draws, of
+    the first run that has it.
+    """
     grids: dict[str, dict[str, Any]] = defaultdict(dict)
+    shares: dict[str, dict[str, Any]] = defaultdict(dict)
     for directory in runs:
         for row in rows_of(directory):
             kept = directory / "rows" / f"{slug(row['method'])}.safetensors"
-            if kept.exists():
-                images = to_images(load(kept.read_bytes())["x0"])
-                name = slug(f"{Path(row['data']).stem} {row['target']}")
-                grids[name].setdefault(row["method"], images)
+            name = slug(f"{Path(row['data']).stem} {row['target']}")
+            method = row["method"] + mark(row)
+            if kept.exists() and method not in grids[name]:
+                grids[name][method] = to_images(load(kept.read_bytes())["x0"])
+                shares[name][method] = row["histogram"]
     for name, methods in grids.items():
-        draw_figure(out / f"{name}.png", methods, {}, ())
+        classes = [str(label) for label in range(len(next(iter(shares[name].values()))))]
+        draw_figure(out / f"{name}.png", methods, shares[name], classes)
 
 
 def main(settings: Settings) -> None:

@@ -227,8 +227,8 @@ def test_a_run_that_was_killed_ends_like_one_that_was_not(
         assert one.read_bytes() == other.read_bytes(), name
     monkeypatch.setattr(posterior, "train", lambda *a, **k: pytest.fail("trained again"))
     assert run(tmp_path / "cut", program, **given) == whole
-    with pytest.raises(InputError, match="another configuration.*beta was 1.0 and is now 2.0"):
-        run(tmp_path / "cut", program, **given, beta=2.0)
+    with pytest.raises(InputError, match="another configuration.*seed was 0 and is now 5"):
+        run(tmp_path / "cut", program, **given, seed=5)
 
 
 def test_baselines_spend_what_trajectory_balance_spent(even, tmp_path):
@@ -243,6 +243,14 @@ def test_baselines_spend_what_trajectory_balance_spent(even, tmp_path):
     assert 0.6 < results["methods"][names[2]]["training_calls"] / rtb["training_calls"] < 1.5
     for row in results["methods"].values():
         assert row["reference_log_z"] == rtb["reference_log_z"]
+
+
+def test_baselines_of_another_target_are_refused(even, tmp_path):
+    """Their allowance would be that of another posterior."""
+    for given in (dict(share=even), dict(share=even, against=even)):
+        with pytest.raises(InputError, match="has target even, and odd is asked.*--against"):
+            run(tmp_path / "base", image_baselines, target="odd", **given)
+    assert not (tmp_path / "base").exists()
 
 
 def pipeline_of(folder, scheduler, shape=(1, 8, 8), levels=LEVELS):

@@ -42,6 +42,8 @@ class FollowSettings:
 class Follower:
     """Moves `task.posterior` to the steps of a guided chain, along the posterior's own paths."""
 
+    name = "start"
+
     def __init__(
         self, task: Task, guided: nn.Module, settings: FollowSettings, *, generator: Generator
     ):
@@ -52,7 +54,7 @@ class Follower:
         self.optimiser = torch.optim.AdamW(
             self.trained, settings.learning_rate, weight_decay=0.0, fused=True
         )
-        self.seen = _Seen(settings.kept)
+        self.seen = _Seen(settings.kept, self.trained[0].device)
 
     def update(self, step: int) -> Mapping[str, Tensor]:
         """One gradient step; `start/divergence` from the guided chain in nats a path."""
@@ -100,8 +102,8 @@ class Follower:
 class _Seen:
     """Points of the last few batches of paths, [levels, paths, *event], and the means asked for."""
 
-    def __init__(self, kept: int):
-        self.kept = kept
+    def __init__(self, kept: int, device: torch.device):
+        self.kept, self.device = kept, device
         self.tables: dict[str, Tensor] = {}
         self.condition: Condition = None
 
@@ -126,7 +128,8 @@ class _Seen:
         return {"tables": self.tables, "condition": self.condition}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.tables, self.condition = dict(state["tables"]), state["condition"]
+        self.tables = {name: table.to(self.device) for name, table in state["tables"].items()}
+        self.condition = conditions.move(state["condition"], self.device)
 
 
 def gaussian(task: Task) -> GaussianDiffusion:

@@ -108,6 +108,8 @@ class ValueTrainer:
     least at log h. One level a draw, uniform.
     """
 
+    name = "value"
+
     def __init__(
         self,
         task: Task,

@@ -20,7 +20,7 @@ from rtb_rl.errors import InputError
 from rtb_rl.tasks.image.export import export_posterior
 from rtb_rl.tasks.image.images import to_images
 from rtb_rl.tasks.image.start import fit_start
-from rtb_rl.tasks.image.target import ImageTarget
+from rtb_rl.tasks.image.target import ImageTarget, check_reward
 from rtb_rl.tasks.image.trainers import (
     MakeTrainer,
     PosteriorSettings,
@@ -33,7 +33,6 @@ from rtb_rl.training.ema import TrainedState
 from rtb_rl.training.loop import train
 from rtb_rl.training.processes import first_of_all, own_directory, own_name, sum_of_all
 from rtb_rl.training.run import Run
-from rtb_rl.training.scoring import score
 from rtb_rl.training.seeding import generator_for
 from rtb_rl.training.stage import complete, fingerprint
 from rtb_rl.training.task import Task
@@ -119,9 +118,7 @@ def fit_posterior(
     accelerator = Accelerator()
     task, unet = posterior_task(prior, target, settings, seed=seed)
     check_reward(task, seed=seed)
-    given = {"posterior": asdict(settings), "trainer": make_trainer.__name__, "seed": seed}
-    made_from = {"prior": fingerprint(prior.pipeline.unet), "levels": prior.diffusion.levels}
-    config = {"target": target.name, **given, **made_from}
+    config = _config(prior, target, settings, make_trainer, seed)
 
     def new_trainer() -> Trainer:
         name = own_name("posterior", accelerator)
@@ -130,19 +127,12 @@ def fit_posterior(
 
     new_trainer()  # settings that don't fit are refused here
     run = _open_run(Path(directory), config, accelerator)
-    networks = {prior.pipeline.unet, unet}
+    networks, beta = {prior.pipeline.unet, unet}, settings.finetune.beta
 
     def fit() -> dict[str, Any]:
         with accelerator.main_process_first():
             start = fit_start(
-                Path(directory) / "start",
-                prior,
-                task,
-                settings.start,
-                settings.finetune.beta,
-                encode=target.encode,
-                networks=networks,
-                seed=seed,
+                Path(directory) / "start", prior, target, task, settings.start, beta, networks, seed
             )
         trainer = new_trainer()
         calls = NetworkCalls(networks)
@@ -161,9 +151,22 @@ def fit_posterior(
     complete(run, task.posterior, fit, part=TrainedState(task.posterior))
     results = run.results or {}
     if accelerator.is_main_process:
-        told = {"beta": settings.finetune.beta, "diagnostics": results["diagnostics"]}
+        told = {"beta": beta, "diagnostics": results["diagnostics"]}
         export_posterior(run.directory, prior, unet, name=target.name, **told)
     return ImagePosterior(task, unet, results)
+
+
+def _config(
+    prior: PipelinePrior,
+    target: ImageTarget,
+    settings: PosteriorSettings,
+    make_trainer: MakeTrainer,
+    seed: int,
+) -> dict[str, Any]:
+    """What a run's directory belongs to."""
+    given = {"posterior": asdict(settings), "trainer": make_trainer.__name__, "seed": seed}
+    made_from = {"prior": fingerprint(prior.pipeline.unet), "levels": prior.diffusion.levels}
+    return {"target": target.name, **given, **made_from}
 
 
 def _diagnostics(task: Task, settings: PosteriorSettings, seed: int) -> dict[str, float]:
@@ -213,23 +216,6 @@ def _train(
 def _view(unet: UNet2DModel) -> UNet2DModel:
     """The same weights in the same memory, to put adapters on while the prior stays as it is."""
     return copy.deepcopy(unet, {id(p): p for p in unet.parameters()})
-
-
-def check_reward(task: Task, *, seed: int) -> None:
-    """InputError or NonFiniteError unless the reward has one number for each of two images."""
-    generator = generator_for(seed, "check", device=_device(task))
-    condition, x0 = task.draw_conditions(2, generator=generator)
-    x0 = task.diffusion.start(2, generator=generator) if x0 is None else x0
-    try:
-        score(task, x0, condition)
-    except InputError:
-        raise
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise InputError(
-            f"the reward of target {task.name!r} fails on images of shape {tuple(x0.shape[1:])},"
-            f" which the prior makes ({reason}); give a reward or classifier made for such images"
-        ) from error
 
 
 @torch.no_grad()

@@ -47,6 +47,11 @@ def reference_row(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**found, "tv": 0.0, "frechet": row["frechet_halves"]}
 
 
+def mark(row: Mapping[str, Any]) -> str:
+    """What is said beside a method's name: whether more than half of its seeds have collapsed."""
+    return " (collapsed)" if row["collapsed"] > 0.5 else ""
+
+
 def markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """The table as Markdown, the reference first; its Frechet distance is that of its halves."""
     lines = [
@@ -55,8 +60,7 @@ def markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
         f"| *reference* | {' | '.join(cells(reference_row(next(iter(rows.values())))))} |",
     ]
     for name, row in rows.items():
-        mark = " (collapsed)" if row["collapsed"] > 0.5 else ""
-        lines.append(f"| {name}{mark} | {' | '.join(cells(row))} |")
+        lines.append(f"| {name}{mark(row)} | {' | '.join(cells(row))} |")
     return "\n".join(lines) + "\n"
 
 
@@ -69,8 +73,7 @@ def print_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
     first = next(iter(rows.values()))
     table.add_row("reference", *cells(reference_row(first)), end_section=True)
     for name, row in rows.items():
-        mark = " (collapsed)" if row["collapsed"] > 0.5 else ""
-        table.add_row(name + mark, *cells(row))
+        table.add_row(name + mark(row), *cells(row))
     Console(width=150).print(table)
 
 

@@ -60,8 +60,8 @@ class Budget:
 
 def budget_for(name: BudgetName, data: ImageDataset) -> Budget:
     """`smoke`: every stage in seconds; `demo`: minutes; `full`: what the tables are made with."""
-    small = data.shape[1] <= 16
-    full = Budget() if small else _larger()
+    small, colour = data.shape[1] <= 16, data.shape[0] == 3
+    full = Budget() if small else _colour() if colour else _larger()
     return {"smoke": _smoke, "demo": _demo, "full": lambda budget: budget}[name](full)
 
 
@@ -83,6 +83,29 @@ def _larger() -> Budget:
                 value=ValueSettings(draws=4000, steps=800, batch=64, width=16),
                 trial_paths=100,
                 follow=FollowSettings(steps=600, batch=64, paths=64, every=30),
+            ),
+        ),
+        reference_draws=5000,
+        draws=1000,
+    )
+
+
+def _colour() -> Budget:
+    """For colour images of 32 x 32, such as CIFAR-10, on a GPU; far too much for two cores."""
+    return Budget(
+        prior=PriorSettings(
+            widths=(64, 128, 128),
+            levels=30,
+            pretrain=PretrainSettings(steps=6000, batch=128, learning_rate=4e-4),
+            half_precision=True,
+        ),
+        classifier=ClassifierSettings(steps=3000, width=48),
+        judge=ClassifierSettings(steps=3000, width=64),
+        posterior=replace(
+            _with(PosteriorSettings(), updates=50, chunk=512),
+            start=StartSettings(
+                value=ValueSettings(draws=5000, steps=1500, batch=128, width=48),
+                follow=FollowSettings(steps=800, batch=128, paths=128, every=40, kept=5),
             ),
         ),
         reference_draws=5000,

@@ -17,6 +17,10 @@ from rtb_rl.core import Schedule
 from rtb_rl.core.protocols import Condition
 from rtb_rl.errors import InputError
 
+LEAST = -75.0
+"""Of scores below the highest one: exp of less counts for nothing and, where it is no normal
+float32, takes many times as long."""
+
 
 class SmoothedImages(nn.Module):
     """mean_i N(x_i, width^2 I), points x_i [n, channels, height, width] in model space."""
@@ -40,7 +44,8 @@ class SmoothedImages(nn.Module):
 
         `signal`, `noise`: numbers or [batch, 1]; by default x is x_0 itself.
         """
-        return self._scores(x, signal, noise).log_softmax(-1)
+        scores = self._scores(x, signal, noise)
+        return scores - log_sum(scores)[:, None]
 
     def log_prob(
         self, x: Tensor, signal: Tensor | float = 1.0, noise: Tensor | float = 0.0
@@ -50,7 +55,7 @@ class SmoothedImages(nn.Module):
         size = self.points[0].numel()
         log_normaliser = (math.tau * x.new_tensor(1) * variance).log() * (size / 2)
         own = x.flatten(1).square().sum(1, keepdim=True) / (2 * variance)
-        total = self._scores(x, signal, noise).logsumexp(-1, keepdim=True)
+        total = log_sum(self._scores(x, signal, noise))[:, None]
         return (total - own - log_normaliser).squeeze(1) - math.log(len(self.points))
 
     def expected_clean(self, x: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
@@ -60,7 +65,7 @@ class SmoothedImages(nn.Module):
         """
         points = self.points.flatten(1).to(x.dtype)
         gain = signal * self.width**2 / _variance(self.width, signal, noise)
-        nearest = self.log_responsibilities(x, signal, noise).exp() @ points
+        nearest = shares(self._scores(x, signal, noise)) @ points
         return ((1 - gain * signal) * nearest + gain * x.flatten(1)).reshape_as(x)
 
     def sample(self, n: int, *, generator: Generator) -> Tensor:
@@ -156,8 +161,8 @@ class BayesClassifier(nn.Module):
         self.register_buffer("labels", labels, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        shares = self.smoothed.log_responsibilities(x)
-        columns = [shares[:, self.labels == label] for label in range(self.classes)]
+        scores = self.smoothed.log_responsibilities(x)
+        columns = [scores[:, self.labels == label] for label in range(self.classes)]
         return torch.stack([column.logsumexp(1) for column in columns], 1)
 
 
@@ -182,7 +187,7 @@ class BayesReward:
             )
 
     def __call__(self, x0: Tensor, condition: Condition) -> Tensor:
-        return self.smoothed.log_responsibilities(x0)[:, self._chosen].logsumexp(1)
+        return log_sum(self.smoothed.log_responsibilities(x0)[:, self._chosen])
 
     @property
     def log_z(self) -> float:
@@ -197,6 +202,20 @@ class BayesReward:
     @property
     def _chosen(self) -> Tensor:
         return torch.isin(self.labels, torch.tensor(self.classes, device=self.labels.device))
+
+
+def shares(scores: Tensor) -> Tensor:
+    """softmax over the last axis."""
+    return _below_highest(scores).softmax(-1)
+
+
+def log_sum(scores: Tensor) -> Tensor:
+    """log sum exp over the last axis."""
+    return _below_highest(scores).exp().sum(-1).log() + scores.amax(-1)
+
+
+def _below_highest(scores: Tensor) -> Tensor:
+    return (scores - scores.amax(-1, keepdim=True)).clamp(min=LEAST)
 
 
 def _variance(width: float, signal: Tensor | float, noise: Tensor | float) -> Tensor | float:

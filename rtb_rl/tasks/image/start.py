@@ -16,6 +16,7 @@ from rtb_rl.nn.value import ConvValue
 from rtb_rl.tasks.image.follow import Follower, FollowSettings, gaussian
 from rtb_rl.tasks.image.guide import Guide, GuidedDenoiser, ValueSettings, ValueTrainer
 from rtb_rl.tasks.image.prior import prior_draws
+from rtb_rl.tasks.image.target import ImageTarget
 from rtb_rl.training.calls import NetworkCalls
 from rtb_rl.training.ema import TrainedState
 from rtb_rl.training.loop import train
@@ -63,11 +64,10 @@ def elbo_of_strengths(
 def fit_start(
     directory: Path,
     prior: PipelinePrior,
+    target: ImageTarget,
     task: Task,
     settings: StartSettings | None,
     beta: float,
-    *,
-    encode: Encode | None,
     networks: set[nn.Module],
     seed: int,
 ) -> dict[str, Any]:
@@ -79,50 +79,39 @@ def fit_start(
     """
     if settings is None:
         return {}
-    device = next(task.posterior.parameters()).device
     trained = [p for p in task.posterior.parameters() if p.requires_grad]
     draws = prior_draws(
         directory / "draws", prior, settings.value.draws, seed=seed, purpose="start"
     )
-    guide = new_guide(task, draws, settings.value, beta, encode=encode, seed=seed)
-    about = {"task": task.name, "beta": beta, "settings": asdict(settings), "seed": seed}
+    drawn = json.loads((directory / "draws" / "results.json").read_text())
+    config = {"task": task.name, "beta": beta, "settings": asdict(settings), "seed": seed}
 
-    valuing = ValueTrainer(
-        task,
-        guide,
-        draws,
-        beta,
-        settings.value,
-        generator=generator_for(seed, "value", device=device),
-    )
-    run = Run(directory / "value", about)
-    value = _fit(run, guide.network, valuing, settings.value.steps, "value", networks)
+    guide = new_guide(task, draws, settings.value, beta, encode=target.encode, seed=seed)
+    generator = generator_for(seed, "value", device=draws.device)
+    valuing = ValueTrainer(task, guide, draws, beta, settings.value, generator=generator)
+    run = Run(directory / "value", config)
+    value = _fit(run, guide.network, valuing, settings.value.steps, networks)
 
     guided = GuidedDenoiser(guide)
-    follower = Follower(
-        task, guided, settings.follow, generator=generator_for(seed, "follow", device=device)
-    )
+    generator = generator_for(seed, "follow", device=draws.device)
+    follower = Follower(task, guided, settings.follow, generator=generator)
 
     def choose() -> dict[str, Any]:
         elbos = elbo_of_strengths(task, guided, settings, beta, seed=seed)
         guided.strength = max(elbos, key=lambda strength: elbos[strength])
-        return {
-            "strength": guided.strength,
-            "elbos": {str(strength): elbo for strength, elbo in elbos.items()},
-        }
+        told = {str(strength): elbo for strength, elbo in elbos.items()}
+        return {"strength": guided.strength, "elbos": told}
 
-    run = Run(directory / "follow", about)
-    follow = _fit(run, task.posterior, follower, settings.follow.steps, "start", networks, choose)
+    run = Run(directory / "follow", config)
+    follow = _fit(run, task.posterior, follower, settings.follow.steps, networks, choose)
     for parameter in trained:
         parameter.requires_grad_(True)
-    drawn = json.loads((directory / "draws" / "results.json").read_text())
+    calls = len(draws) * prior.diffusion.levels
     return {
         "strength": follow["strength"],
         "elbos": follow["elbos"],
         "seconds": drawn["seconds"] + value["seconds"] + follow["seconds"],
-        "network_calls": len(draws) * prior.diffusion.levels
-        + value["network_calls"]
-        + follow["network_calls"],
+        "network_calls": calls + value["network_calls"] + follow["network_calls"],
     }
 
 
@@ -165,7 +154,6 @@ def _fit(
     module: nn.Module,
     trainer: ValueTrainer | Follower,
     steps: int,
-    description: str,
     networks: set[nn.Module],
     begin: Callable[[], dict[str, Any]] = dict,
 ) -> dict[str, Any]:
@@ -180,7 +168,7 @@ def _fit(
             trainer.update,
             parts,
             steps=steps,
-            description=description,
+            description=trainer.name,
             log_every=20,
             checkpoint_every=300,
         )

@@ -26,7 +26,9 @@ from rtb_rl.tasks.image.rewards import (
     in_model_space,
 )
 from rtb_rl.training.mix import LearnedLogZ
-from rtb_rl.training.task import DrawConditions, no_conditions
+from rtb_rl.training.scoring import score
+from rtb_rl.training.seeding import generator_for
+from rtb_rl.training.task import DrawConditions, Task, no_conditions
 
 with extra("image"):
     from diffusers.models.unets.unet_2d import UNet2DModel
@@ -115,6 +117,23 @@ def measurement_target(measurement: Measurement, draws: Tensor) -> ImageTarget:
         encode,
         _group_mean,
     )
+
+
+def check_reward(task: Task, *, seed: int) -> None:
+    """InputError or NonFiniteError unless the reward has one number for each of two images."""
+    generator = generator_for(seed, "check", device=next(task.posterior.parameters()).device)
+    condition, x0 = task.draw_conditions(2, generator=generator)
+    x0 = task.diffusion.start(2, generator=generator) if x0 is None else x0
+    try:
+        score(task, x0, condition)
+    except InputError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise InputError(
+            f"the reward of target {task.name!r} fails on images of shape {tuple(x0.shape[1:])},"
+            f" which the prior makes ({reason}); give a reward or classifier made for such images"
+        ) from error
 
 
 def _group_mean(paths: int) -> LearnedLogZ:
