@@ -18,10 +18,8 @@ from typing import Any
 
 import torch
 import tyro
-from accelerate import Accelerator
-from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
 
-from rtb_rl.adapters.pipelines import PipelinePrior, open_pipeline
+from rtb_rl.adapters.pipelines import PipelinePrior
 from rtb_rl.errors import InputError
 from rtb_rl.tasks.image import (
     ImageDataset,
@@ -30,15 +28,12 @@ from rtb_rl.tasks.image import (
     foreign_prior,
     load_images,
     prior_draws,
-    reward_target,
 )
 from rtb_rl.tasks.image.exact import ExactSettings, exact_problem, fit_exact
+from rtb_rl.tasks.image.footprint import two_updates
 from rtb_rl.tasks.image.inverse import InverseSettings, compare_methods
 from rtb_rl.tasks.image.observations import markdown, measurements, observe
-from rtb_rl.tasks.image.posterior import posterior_task
-from rtb_rl.tasks.image.prior import new_scheduler, new_unet
-from rtb_rl.tasks.image.trainers import PosteriorSettings, relative_trajectory_balance
-from rtb_rl.training import FinetuneSettings, Mix, Run, generator_for, write_rows
+from rtb_rl.training import Run, generator_for, write_rows
 from rtb_rl.training.memory import peak_memory
 
 TARGETS = {"even": (0, 2, 4, 6, 8), "3": (3,)}
@@ -98,9 +93,7 @@ def exact_settings(fast: bool) -> ExactSettings:
     settings = ExactSettings()
     if not fast:
         return settings
-    return replace(
-        settings, draws=2000, finetune=replace(settings.finetune, updates=60, beta_warmup=20)
-    )
+    return replace(settings, draws=2000, finetune=replace(settings.finetune, updates=40))
 
 
 def inverse_rows(settings: Settings) -> list[Row]:
@@ -131,7 +124,9 @@ def method_rows(name: str, found: Mapping[str, float], seed: int) -> Iterator[Ro
     for key, value in found.items():
         if key.startswith("p of "):
             surprise = -math.log10(max(value, 1e-300))
-            yield row(f"{name}: -log10 {key}", seed, surprise, 2.0 if "RTB" in name else None)
+            yield row(
+                f"{name}: -log10 {key}", seed, surprise, 2.0 if name.endswith(", RTB") else None
+            )
         else:
             yield row(f"{name}: {key}", seed, value)
 
@@ -168,29 +163,12 @@ def memory_rows(settings: Settings) -> list[Row]:
     """Peak memory of a process with an update, at few and at many levels; paths included."""
     run = Run(settings.out / "memory", {"case": "memory"})
     if run.results is None:
-        run.finish({str(levels): peak_memory(partial(update_of, levels)) for levels in LEVELS})
+        run.finish({str(levels): peak_memory(partial(two_updates, levels)) for levels in LEVELS})
     peaks = [(run.results or {})[str(levels)] for levels in LEVELS]
     return [
         *(row(f"memory: MiB, {n} levels", 0, peak) for n, peak in zip(LEVELS, peaks, strict=True)),
         row(f"memory: {LEVELS[1]} levels over {LEVELS[0]}", 0, peaks[1] / peaks[0], 1.1),
     ]
-
-
-def update_of(levels: int) -> None:
-    """Two updates of an untrained U-Net of digits, every level with a gradient."""
-    torch.set_num_threads(1)
-    unet = new_unet((1, 8, 8), PriorSettings(), generator=generator_for(0, "prior"))
-    prior = open_pipeline(DDPMPipeline(unet, new_scheduler(levels)), levels=levels)
-    target = reward_target("brightness", lambda images, _: images.flatten(1).mean(1))
-    tuned = FinetuneSettings(
-        conditions=32, mix=Mix(on_policy=1, data=0), levels_per_path=None, chunk=256
-    )
-    given = PosteriorSettings(start=None, finetune=tuned)
-    task, _ = posterior_task(prior, target, given, seed=0)
-    generator = generator_for(0, "memory")
-    trainer = relative_trajectory_balance(task, target, given, generator, Accelerator())
-    for step in range(2):
-        trainer.update(step)
 
 
 CHECKS: dict[str, Callable[[Settings], list[Row]]] = {

@@ -15,25 +15,25 @@ from rtb_rl.adapters.extras import extra
 from rtb_rl.adapters.schedulers import diffusion_from_scheduler, scheduler_grid
 from rtb_rl.adapters.unets import denoiser_from_unet
 from rtb_rl.core import (
-    GaussianDiffusion,
-    GroupMeanLogZ,
-    Sampler,
+    ScalarLogZ,
+    effective_sample_size,
     huber,
     importance_log_z,
+    linex,
+    log_weight,
+    rollout_against,
     rtb,
 )
-from rtb_rl.core.protocols import Condition
-from rtb_rl.nn import MLP
+from rtb_rl.core.objective import Penalty
 from rtb_rl.tasks.image.images import ImageDataset, to_model_space
 from rtb_rl.tasks.image.metrics import class_histogram, total_variation
+from rtb_rl.tasks.image.reweighted import Reweighted
 from rtb_rl.tasks.image.smoothed import (
     BayesClassifier,
     BayesReward,
     SmoothedImages,
     SmoothedUNet,
-    shares,
 )
-from rtb_rl.training.diagnostics import diagnose
 from rtb_rl.training.finetune import Finetuner
 from rtb_rl.training.loop import train
 from rtb_rl.training.mix import Mix
@@ -45,7 +45,7 @@ from rtb_rl.training.task import Task
 with extra("image"):
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
-BATCH = 1000  # images drawn or classified at once
+BATCH = 500  # images drawn or classified at once
 
 
 @dataclass(frozen=True)
@@ -59,71 +59,22 @@ class ExactSettings:
     """Of the network."""
     draws: int = 6000
     huber_threshold: float = 5.0
-    """Residuals beyond it, in nats, are penalised linearly."""
+    linex_limit: float = 3.0
+    """Of the two penalties, see `both_ways`; nats."""
     finetune: FinetuneSettings = field(
         default_factory=lambda: FinetuneSettings(
             updates=200,
             beta_warmup=20,
-            conditions=1,
-            mix=Mix(on_policy=128, data=0),
+            conditions=128,
+            mix=Mix(on_policy=1, data=0),
             levels_per_path=16,
-            learning_rate=3e-3,
+            learning_rate=8e-3,
             last_learning_rate=0.02,
+            log_z_learning_rate=0.05,
             gradient_clip=10.0,
             average_decay=0.97,
         )
     )
-
-
-class Reweighted(nn.Module):
-    """The denoiser of sum_i w_i N(x_i, width^2 I), log w_i = network(x_i), as the prior's plus what
-    the weights change.
-
-    The network sees the points, starts at zero and is all that is learned; it knows nothing of the
-    classes. The exact posterior is among these denoisers, so that whatever error is left comes from
-    the training, or from few levels.
-    """
-
-    signal: Tensor
-    noise: Tensor
-
-    def __init__(
-        self,
-        prior: nn.Module,
-        smoothed: SmoothedImages,
-        diffusion: GaussianDiffusion,
-        *,
-        width: int,
-        generator: Generator,
-    ):
-        super().__init__()
-        self.prior, self.smoothed = prior, smoothed
-        self.network = MLP(smoothed.points[0].numel(), 1, width=width, generator=generator)
-        self.register_buffer("signal", diffusion.signal.flatten(1).float(), persistent=False)
-        self.register_buffer("noise", diffusion.noise.flatten(1).float(), persistent=False)
-        self._kept: tuple[Tensor, Tensor] | None = None
-
-    def forward(self, x: Tensor, level: Tensor, condition: Condition) -> Tensor:
-        signal, noise = self.signal[level], self.noise[level]
-        with torch.no_grad():
-            x0 = self.prior(x, level, condition)
-            before = self.smoothed.log_responsibilities(x, signal, noise)
-        points = self.smoothed.points.flatten(1)
-        moved = shares(before + self._log_weights()) @ points - shares(before) @ points
-        spread = (signal * self.smoothed.width).square()
-        return x0 + (noise.square() / (spread + noise.square()) * moved).reshape(x.shape)
-
-    def _log_weights(self) -> Tensor:
-        """Of every point: [n]. A chain asks for them at each level and they are the same at all, so
-        that those without a gradient are kept until the network changes.
-        """
-        points = self.smoothed.points.flatten(1)
-        if torch.is_grad_enabled():
-            return self.network(points).squeeze(1)
-        state = nn.utils.parameters_to_vector(self.network.parameters())
-        if self._kept is None or not state.equal(self._kept[0]):
-            self._kept = (state, self.network(points).squeeze(1))
-        return self._kept[1]
 
 
 @dataclass(frozen=True)
@@ -174,22 +125,33 @@ def exact_problem(
     )
 
 
+def both_ways(threshold: float, limit: float) -> Penalty:
+    """huber(threshold) + linex(limit): on-policy, of KL(posterior | target) and of its reverse.
+
+    The first alone loses classes that it should keep, the second alone is slow to leave those that
+    it should lose.
+    """
+    one, other = huber(threshold), linex(limit)
+    return lambda residual: one(residual) + other(residual)
+
+
 def fit_exact(
     run: Run, problem: ExactProblem, settings: ExactSettings, *, seed: int
 ) -> dict[str, float]:
     """Train the posterior and measure it; resumable. Log Z in nats, its errors against the exact.
 
     `log_z_error` of the importance-weighted log Z of `draws` paths, with its standard error;
-    `chain_log_z_error`, of the prior's own chain, by as many draws: what its
+    `learned_log_z_error`; `chain_log_z_error`, of the prior's own chain, by as many draws: what its
     few levels make different from the closed form, whatever the posterior. `tv` of the classes and
     `tv_of_exact_draws`, the floor; `ess` of the paths.
     """
+    log_z = ScalarLogZ()
     finetuner = Finetuner(
         problem.task,
-        GroupMeanLogZ(settings.finetune.mix.total),
+        log_z,
         settings.finetune,
         generator=generator_for(seed, "posterior"),
-        objective=rtb(huber(settings.huber_threshold)),
+        objective=rtb(both_ways(settings.huber_threshold, settings.linex_limit)),
         look_ahead=True,
     )
     seconds = train(
@@ -204,6 +166,7 @@ def fit_exact(
     posterior = finetuner.average.module
     return {
         "seconds": seconds,
+        "learned_log_z_error": abs(float(log_z.value.detach()) - problem.reward.log_z),
         **_measured(problem, posterior, settings, generator=generator_for(seed, "evaluation")),
     }
 
@@ -212,23 +175,37 @@ def _measured(
     problem: ExactProblem, posterior: nn.Module, settings: ExactSettings, *, generator: Generator
 ) -> dict[str, float]:
     task, reward, count = problem.task, problem.reward, settings.draws
-    found = diagnose(task, posterior, 1.0, samples=count, generator=generator)
-    x0 = _drawn(Sampler(task.diffusion, posterior), count, generator=generator)
-    of_prior = _drawn(Sampler(task.diffusion, task.prior), count, generator=generator)
-    scores = torch.cat([reward(part, None) for part in of_prior.split(BATCH)])
-    chain, chain_error = importance_log_z(scores.double())
+    x0, weight = _weighted(task, posterior, count, generator=generator)
+    log_z, error = importance_log_z(weight)
+    _, of_prior = _weighted(task, task.prior, count, generator=generator)
+    chain, chain_error = importance_log_z(of_prior)
     exact_draws = reward.posterior.sample(count, generator=generator)
     return {
-        "log_z_error": abs(found["log_z"] - reward.log_z),
-        "log_z_standard_error": found["log_z_standard_error"],
+        "log_z_error": abs(float(log_z) - reward.log_z),
+        "log_z_standard_error": float(error),
         "chain_log_z_error": abs(float(chain) - reward.log_z),
         "chain_log_z_standard_error": float(chain_error),
         "tv": problem.histogram_error(x0),
         "tv_of_exact_draws": problem.histogram_error(exact_draws),
-        "ess": found["ess"],
+        "ess": float(effective_sample_size(weight)),
     }
 
 
-def _drawn(sampler: Sampler, count: int, *, generator: Generator) -> Tensor:
-    parts = [min(BATCH, count - begin) for begin in range(0, count, BATCH)]
-    return torch.cat([sampler.sample(None, n, generator=generator) for n in parts])
+@torch.no_grad()
+def _weighted(
+    task: Task, denoiser: nn.Module, count: int, *, generator: Generator
+) -> tuple[Tensor, Tensor]:
+    """Draws [count, C, H, W] and their log-weights, float64 [count]."""
+    draws, weights = [], []
+    for begin in range(0, count, BATCH):
+        paths, ratio = rollout_against(
+            task.diffusion,
+            denoiser,
+            task.prior,
+            None,
+            min(BATCH, count - begin),
+            generator=generator,
+        )
+        draws.append(paths.x0)
+        weights.append(log_weight(task.log_reward(paths.x0, None), ratio, 1.0))
+    return torch.cat(draws), torch.cat(weights).double()

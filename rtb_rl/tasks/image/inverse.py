@@ -18,7 +18,13 @@ from rtb_rl.baselines.guidance import dps, lgd_mc
 from rtb_rl.baselines.steering import twisted_smc
 from rtb_rl.core.protocols import Condition
 from rtb_rl.tasks.image.measurements import measurement_reward
-from rtb_rl.tasks.image.observations import Observed, judge, pool_draws, posterior_draws
+from rtb_rl.tasks.image.observations import (
+    Observed,
+    judge,
+    pool_draws,
+    posterior_draws,
+    resampled_draws,
+)
 from rtb_rl.tasks.image.posterior import fit_posterior, posterior_task
 from rtb_rl.tasks.image.target import ImageTarget, measurement_target
 from rtb_rl.tasks.image.trainers import PosteriorSettings
@@ -36,6 +42,10 @@ Method = Callable[..., Draws]
 """(n, *, generator) -> `n` draws for every observation."""
 
 
+GUIDED_CALLS = 3
+"""Of the prior's network, a step of a guided path: one forward and one backward pass."""
+
+
 @dataclass(frozen=True)
 class InverseSettings:
     """How the posterior of an inverse problem is trained, and how much it is asked."""
@@ -43,22 +53,22 @@ class InverseSettings:
     observations: int = 100
     draws: int = 12
     """For each observation."""
-    pool: int = 4000
+    pool: int = 8000
     """Prior draws that make the observations of training, and the reference by their weights."""
     start: PretrainSettings = field(
-        default_factory=lambda: PretrainSettings(steps=1500, batch=64, average_decay=0.99)
+        default_factory=lambda: PretrainSettings(steps=3000, batch=64, average_decay=0.995)
     )
     posterior: PosteriorSettings = field(
         default_factory=lambda: PosteriorSettings(
             start=None,
             finetune=FinetuneSettings(
-                updates=60,
+                updates=40,
                 beta_warmup=1,
-                conditions=16,
-                mix=Mix(on_policy=3, data=1),
+                conditions=32,
+                mix=Mix(on_policy=1, data=1),
                 levels_per_path=8,
                 chunk=256,
-                learning_rate=5e-5,
+                learning_rate=3e-5,
                 last_learning_rate=0.1,
                 average_decay=0.95,
             ),
@@ -128,7 +138,8 @@ def compare_methods(
     """Rows of `judge` for RTB, for the start that it was given, and for what needs no training.
 
     `pool`: prior draws [m, C, H, W], other than the truths. Every row is kept in the directory, and
-    is not made again. "truth" has what is known of the posterior itself.
+    is not made again. "truth" has what is known of the posterior itself. "RTB, by weight" makes its
+    draws with as many calls as guidance and steering do theirs, beside those of its training.
     """
     directory, count = Path(directory), settings.draws
     target = measurement_target(observed.measurement, pool)
@@ -139,13 +150,15 @@ def compare_methods(
     fitted = fit_posterior(directory / "posterior", prior, started, settings.posterior, seed=seed)
     calls = start_calls + fitted.results["network_calls"]
     levels = prior.diffusion.levels
+    free = training_free(prior, observed, particles=count)
+    resampled = partial(
+        resampled_draws, fitted.task, observed.condition, paths=GUIDED_CALLS * count // 2
+    )
     rows: dict[str, Callable[..., dict[str, float]]] = {
         "RTB": partial(judge_network, fitted.task, observed, count, calls),
+        "RTB, by weight": partial(judge_method, resampled, observed, count),
         "denoising start": partial(judge_network, start, observed, count, start_calls),
-        **{
-            name: partial(judge_method, method, observed, count)
-            for name, method in training_free(prior, observed, particles=count).items()
-        },
+        **{name: partial(judge_method, method, observed, count) for name, method in free.items()},
         "prior draws by weight": partial(
             judge_method, partial(pool_draws, pool, levels, observed), observed, count
         ),

@@ -37,14 +37,23 @@ class SmoothedImages(nn.Module):
         self.register_buffer("points", points, persistent=False)
         self.width = width
 
-    def log_responsibilities(
+    def scores(
         self, x: Tensor, signal: Tensor | float = 1.0, noise: Tensor | float = 0.0
     ) -> Tensor:
-        """log p(i | signal x_0 + noise eps = x): [batch, n].
+        """log N(x; signal x_i, variance) without what all i share: [batch, n].
 
         `signal`, `noise`: numbers or [batch, 1]; by default x is x_0 itself.
         """
-        scores = self._scores(x, signal, noise)
+        points = self.points.flatten(1).to(x.dtype)
+        half = points.square().sum(1) / 2
+        inner = signal * (x.flatten(1) @ points.T - signal * half)
+        return inner / _variance(self.width, signal, noise)
+
+    def log_responsibilities(
+        self, x: Tensor, signal: Tensor | float = 1.0, noise: Tensor | float = 0.0
+    ) -> Tensor:
+        """log p(i | signal x_0 + noise eps = x): [batch, n]; arguments as of `scores`."""
+        scores = self.scores(x, signal, noise)
         return scores - log_sum(scores)[:, None]
 
     def log_prob(
@@ -55,7 +64,7 @@ class SmoothedImages(nn.Module):
         size = self.points[0].numel()
         log_normaliser = (math.tau * x.new_tensor(1) * variance).log() * (size / 2)
         own = x.flatten(1).square().sum(1, keepdim=True) / (2 * variance)
-        total = log_sum(self._scores(x, signal, noise))[:, None]
+        total = log_sum(self.scores(x, signal, noise))[:, None]
         return (total - own - log_normaliser).squeeze(1) - math.log(len(self.points))
 
     def expected_clean(self, x: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
@@ -65,7 +74,7 @@ class SmoothedImages(nn.Module):
         """
         points = self.points.flatten(1).to(x.dtype)
         gain = signal * self.width**2 / _variance(self.width, signal, noise)
-        nearest = shares(self._scores(x, signal, noise)) @ points
+        nearest = shares(self.scores(x, signal, noise)) @ points
         return ((1 - gain * signal) * nearest + gain * x.flatten(1)).reshape_as(x)
 
     def sample(self, n: int, *, generator: Generator) -> Tensor:
@@ -76,13 +85,6 @@ class SmoothedImages(nn.Module):
             (n, *points.shape[1:]), generator=generator, device=points.device, dtype=points.dtype
         )
         return points[rows] + self.width * eps
-
-    def _scores(self, x: Tensor, signal: Tensor | float, noise: Tensor | float) -> Tensor:
-        """log N(x; signal x_i, variance) without what all i share: [batch, n]."""
-        points = self.points.flatten(1).to(x.dtype)
-        half = points.square().sum(1) / 2
-        inner = signal * (x.flatten(1) @ points.T - signal * half)
-        return inner / _variance(self.width, signal, noise)
 
 
 class SmoothedDenoiser(nn.Module):

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rtb_rl.core import Sampler
+from rtb_rl.core import Sampler, residual
 from rtb_rl.errors import InputError
-from rtb_rl.tasks.image.exact import ExactSettings, exact_problem, fit_exact
+from rtb_rl.tasks.image.exact import ExactSettings, both_ways, exact_problem, fit_exact
 from rtb_rl.tasks.image.images import ImageDataset
 from rtb_rl.training.run import Run
 
@@ -68,6 +68,34 @@ def test_weights_of_the_points_asked_for_make_the_exact_posterior(problem):
     exact = problem.reward.posterior.expected_clean(x64, signal, noise)
     assert torch.allclose(task.posterior(x, level, None).double(), exact, atol=2e-3)
     assert not torch.allclose(smoothed.expected_clean(x64, signal, noise), exact, atol=0.1)
+
+
+def test_kept_weights_follow_the_network(problem):
+    """Without a gradient the answer is the same as with one, before and after a change."""
+    posterior = problem.task.posterior
+    x = torch.randn(30, 1, 2, 2, generator=generator(5))
+    level = torch.arange(30) % TINY.levels + 1
+    for bias in (0.0, 3.0):
+        last = posterior.network.last
+        last.weight.data.normal_(generator=generator(6)).mul_(1 + bias)
+        with torch.no_grad():
+            kept = posterior(x, level, None)
+            again = posterior(x, level, None)
+        assert kept.equal(again)
+        assert kept.equal(posterior(x, level, None).detach())
+
+
+def test_both_penalties_descend_the_divergence_both_ways():
+    """By enumeration, on-policy, with residuals inside the limits: twice the sum of the KLs."""
+    logits = torch.tensor([0.3, -0.2, 0.5, 0.1], dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([0.4, 0.2, 0.3, 0.1], dtype=torch.float64)
+    log_q, log_z = logits.log_softmax(0), 0.7
+    weight = target.log() + log_z - log_q
+    loss = both_ways(5.0, 3.0)(residual(torch.tensor(log_z).double(), weight))
+    (found,) = torch.autograd.grad((log_q.exp().detach() * loss).sum(), logits, retain_graph=True)
+    kl = (log_q.exp() * (log_q - target.log())).sum() + (target * (target.log() - log_q)).sum()
+    (expected,) = torch.autograd.grad(2 * kl, logits)
+    assert torch.allclose(found, expected)
 
 
 def test_exact_draws_have_the_masses_and_prior_draws_do_not(problem):

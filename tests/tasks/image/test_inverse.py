@@ -17,6 +17,7 @@ from rtb_rl.tasks.image.observations import (
     observe,
     pool_draws,
     posterior_draws,
+    resampled_draws,
 )
 from rtb_rl.tasks.image.posterior import posterior_task
 from rtb_rl.tasks.image.prior import PriorSettings, new_scheduler, new_unet
@@ -117,6 +118,23 @@ def tiny():
     return replace(given, posterior=posterior)
 
 
+def test_draws_of_the_prior_by_weight_are_of_the_posterior(prior):
+    """As much of log p(y | x0) as a large pool of prior draws has by its weights."""
+    truth = prior.sampler.sample(None, 3, generator=generator(11))
+    loose = measurements(SHAPE, sigma=2.0)["inpainting"]
+    observed = observe(loose, truth, generator=generator(12))
+    task, _ = posterior_task(prior, measurement_target(loose, truth), tiny().posterior, seed=0)
+    paths, n = 4000, 2000
+    draws = resampled_draws(task, observed.condition, n, paths=paths, generator=generator(13))
+    assert draws.x0.shape == (3, n, *SHAPE)
+    assert draws.calls == 2 * 4 * paths / n
+    pool = prior.sampler.sample(None, paths, generator=generator(14))
+    score = observed.log_likelihood(pool.expand(3, *pool.shape))
+    expected = (score.softmax(1) * score).sum(1)
+    assert bool((score.mean(1) < expected - 0.4).all())
+    assert torch.allclose(observed.log_likelihood(draws.x0).mean(1), expected, atol=0.3)
+
+
 def test_paths_of_the_prior_weigh_what_their_images_do(prior, observed):
     target = measurement_target(observed.measurement, observed.truth)
     task, _ = posterior_task(prior, target, tiny().posterior, seed=0)
@@ -148,6 +166,7 @@ def test_all_methods_are_compared_once(prior, observed, tmp_path, monkeypatch):
     pool = torch.randn(50, *SHAPE, generator=generator(11))
     rows = compare_methods(tmp_path, prior, few, pool, tiny(), seed=0)
     assert rows["DPS"]["calls"] == rows["LGD-MC"]["calls"] == rows["twisted SMC"]["calls"] == 12
+    assert rows["RTB, by weight"]["calls"] == 12
     assert rows["RTB"]["calls"] == 4
     assert rows["prior draws by weight"]["calls"] == 50
     assert rows["RTB"]["training_calls"] > rows["denoising start"]["training_calls"]

@@ -21,6 +21,8 @@ from rtb_rl.tasks.image.smoothed import (
     SmoothedDenoiser,
     SmoothedImages,
     SmoothedUNet,
+    log_sum,
+    shares,
 )
 
 LABELS = torch.tensor([0, 0, 0, 1, 1, 2])
@@ -44,6 +46,17 @@ def law(smoothed, signal=1.0, noise=0.0):
 
 def column(value, rows):
     return torch.full((rows, 1), value, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shares_and_sums_are_those_of_torch_without_denormal_numbers(dtype):
+    scores = 60 * torch.randn(40, 30, generator=generator(20), dtype=dtype)
+    scores.requires_grad_()
+    assert torch.allclose(shares(scores), scores.softmax(-1), rtol=1e-5, atol=1e-30)
+    assert torch.allclose(log_sum(scores), scores.logsumexp(-1))
+    assert not bool((shares(scores) < torch.finfo(torch.float32).tiny).any())
+    (slope,) = torch.autograd.grad(log_sum(scores).sum(), scores)
+    assert torch.allclose(slope, scores.softmax(-1), atol=1e-6)
 
 
 @pytest.mark.parametrize(("signal", "noise"), [(1.0, 0.0), (0.8, 0.6), (0.28, 0.96)])
