@@ -63,7 +63,7 @@ class ExactSettings:
     """Of the two penalties, see `both_ways`; nats."""
     finetune: FinetuneSettings = field(
         default_factory=lambda: FinetuneSettings(
-            updates=200,
+            updates=350,
             beta_warmup=20,
             conditions=128,
             mix=Mix(on_policy=1, data=0),
