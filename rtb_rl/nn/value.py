@@ -14,7 +14,8 @@ class ConvValue(nn.Module):
     """(images [batch, channels, height, width], level [batch], labels or None) -> [batch].
 
     Residual blocks of 3x3 convolutions that halve the image until it is 4x4 or smaller, each told
-    the level and, with `classes`, the label; then two linear layers.
+    the level; then two linear layers, of which the last has an output for each of `classes`.
+    Several labels an image, [batch * times], neighbours of one image: [batch * times].
     """
 
     def __init__(
@@ -29,7 +30,6 @@ class ConvValue(nn.Module):
         super().__init__()
         channels, height, rows = shape
         self.level = _embedding(levels + 1, generator)
-        self.label = None if classes is None else _embedding(classes, generator)
         self.first = nn.Conv2d(channels, width, 3, padding=1)
         blocks, channels, stride = [], width, 1
         while stride == 1 or max(height, rows) > LAST_SIDE:
@@ -39,19 +39,21 @@ class ConvValue(nn.Module):
             channels, stride = wider, 2
         self.blocks = nn.ModuleList(blocks)
         self.hidden = nn.Linear(channels * height * rows, 4 * width)
-        self.last = nn.Linear(4 * width, 1)
+        self.last = nn.Linear(4 * width, classes or 1)
         for layer in (self.first, self.blocks, self.hidden, self.last):
             initialise(layer, generator=generator)
 
     def forward(self, images: Tensor, level: Tensor, labels: Tensor | None) -> Tensor:
         told = self.level(level)
-        if self.label is not None and labels is not None:
-            told = told + self.label(labels)
         x = self.first(images)
         for block in self.blocks:
             x = block(x, told)
         hidden = functional.silu(self.hidden(functional.silu(x).flatten(1)))
-        return self.last(hidden).squeeze(1)
+        found = self.last(hidden)
+        if labels is None:
+            return found.squeeze(1)
+        times = len(labels) // len(images)
+        return found.repeat_interleave(times, 0).gather(1, labels.unsqueeze(1)).squeeze(1)
 
 
 class _Block(nn.Module):

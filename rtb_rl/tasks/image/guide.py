@@ -36,6 +36,9 @@ class ValueSettings:
     """Of the prior, whose rewards are learned from."""
     steps: int = 1500
     batch: int = 128
+    """Draws."""
+    conditions: int = 8
+    """For each draw, of a target that has them."""
     width: int = 32
     """Channels of the first layer."""
     learning_rate: float = 1e-3
@@ -46,9 +49,9 @@ class ValueSettings:
 class Guide:
     """The value of noisy images, and the pull that it exerts on a step.
 
-    `network` sees m, the prior's prediction of x_0 from m one level further down, and what `encode`
-    makes of the condition; log h = `log_bound` + log sigmoid of what it returns, so that
-    exp(log_bound) should be the largest r^beta.
+    `network` sees m, the prediction of x_0 from m one level further down by the prior, which has no
+    conditions, and what `encode` makes of the condition. log h = `log_bound` + log sigmoid of what
+    it returns, so that exp(log_bound) should be the largest r^beta.
     """
 
     def __init__(
@@ -64,10 +67,16 @@ class Guide:
         self.encode, self.log_bound = encode, log_bound
 
     def logit(self, mean: Tensor, level: Tensor, condition: Condition) -> Tensor:
-        """Of h / exp(log_bound): [batch]."""
+        """Of h / exp(log_bound): [batch].
+
+        The condition may have several rows an image, neighbours of one image: [batch * times].
+        """
         labels, channels = UNetInputs() if self.encode is None else self.encode(condition)
+        if channels is not None:
+            times = len(channels) // len(mean)
+            mean, level = (rows.repeat_interleave(times, 0) for rows in (mean, level))
         with torch.set_grad_enabled(mean.requires_grad):
-            below = self.prior(mean, (level - 1).clamp(min=1), condition)
+            below = self.prior(mean, (level - 1).clamp(min=1), None)
         last = (level == 1).reshape(-1, *(1,) * (mean.ndim - 1))
         clean = torch.where(last, mean, below)  # a step to level 0 ends in the image itself
         seen = [mean, clean, *([] if channels is None else [channels.to(mean.dtype)])]
@@ -131,11 +140,11 @@ class ValueTrainer:
         """One gradient step."""
         settings, diffusion = self.settings, self.guide.diffusion
         self.optimiser.param_groups[0]["lr"] = cosine(settings.learning_rate, step, settings.steps)
-        condition, x0, share = self._rewarded(settings.batch)
+        x0, condition, share = self._rewarded(settings.batch)
         level = random_level(len(x0), diffusion.levels, self.generator)
         x = diffusion.corrupt(x0, level, generator=self.generator)
         with torch.no_grad():
-            mean = diffusion.kernel(self.guide.prior(x, level, condition), x, level).mean
+            mean = diffusion.kernel(self.guide.prior(x, level, None), x, level).mean
         logit = self.guide.logit(mean, level, condition)
         loss = functional.binary_cross_entropy_with_logits(logit, share)
         self.optimiser.zero_grad(set_to_none=True)
@@ -144,14 +153,16 @@ class ValueTrainer:
         self.average.update(self.guide.network)
         return {"value/loss": loss.detach()}
 
-    def _rewarded(self, n: int) -> tuple[Condition, Tensor, Tensor]:
-        """Conditions, draws of the prior, and r^beta of these over its bound, at most 1."""
+    def _rewarded(self, n: int) -> tuple[Tensor, Condition, Tensor]:
+        """Draws of the prior, conditions of each, and r^beta of these over its bound, at most 1."""
         generator = self.generator
-        condition, _ = self.task.draw_conditions(n, generator=generator)
+        times = 1 if self.guide.encode is None else self.settings.conditions
         index = torch.randint(len(self.draws), (n,), generator=generator, device=generator.device)
+        condition, _ = self.task.draw_conditions(n * times, generator=generator)
         x0 = self.draws[index]
-        log_reward = self.beta * score(self.task, x0, condition)[0]
-        return condition, x0, (log_reward - self.guide.log_bound).exp().clamp(max=1)
+        each = x0.repeat_interleave(times, 0)
+        log_reward = self.beta * score(self.task, each, condition)[0]
+        return x0, condition, (log_reward - self.guide.log_bound).exp().clamp(max=1)
 
     @property
     def parts(self) -> dict[str, Stateful]:

@@ -61,6 +61,7 @@ class InverseSettings:
     posterior: PosteriorSettings = field(
         default_factory=lambda: PosteriorSettings(
             start=None,
+            linex_limit=None,
             finetune=FinetuneSettings(
                 updates=40,
                 beta_warmup=1,

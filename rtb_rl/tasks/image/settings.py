@@ -78,11 +78,11 @@ def _larger() -> Budget:
         classifier=ClassifierSettings(steps=1500, width=16),
         judge=ClassifierSettings(steps=1500, width=24),
         posterior=replace(
-            _with(PosteriorSettings(), updates=30),
+            _with(PosteriorSettings(), updates=30, conditions=64),
             start=StartSettings(
-                value=ValueSettings(draws=4000, steps=800, batch=64, width=16),
+                value=ValueSettings(draws=5000, steps=1000, batch=96, width=16),
                 trial_paths=100,
-                follow=FollowSettings(steps=600, batch=64, paths=64, every=30),
+                follow=FollowSettings(steps=1000, batch=96, paths=64, every=25),
             ),
         ),
         reference_draws=5000,
@@ -96,16 +96,17 @@ def _colour() -> Budget:
         prior=PriorSettings(
             widths=(64, 128, 128),
             levels=30,
-            pretrain=PretrainSettings(steps=6000, batch=128, learning_rate=4e-4),
+            pretrain=PretrainSettings(steps=4000, batch=128, learning_rate=4e-4),
             half_precision=True,
         ),
-        classifier=ClassifierSettings(steps=3000, width=48),
-        judge=ClassifierSettings(steps=3000, width=64),
+        classifier=ClassifierSettings(steps=2000, width=48),
+        judge=ClassifierSettings(steps=2000, width=64),
         posterior=replace(
-            _with(PosteriorSettings(), updates=50, chunk=512),
+            _with(PosteriorSettings(), updates=30, conditions=64, chunk=512),
             start=StartSettings(
-                value=ValueSettings(draws=5000, steps=1500, batch=128, width=48),
-                follow=FollowSettings(steps=800, batch=128, paths=128, every=40, kept=5),
+                value=ValueSettings(draws=5000, steps=800, batch=128, width=48),
+                trial_paths=200,
+                follow=FollowSettings(steps=500, batch=128, paths=128, every=50, kept=5),
             ),
         ),
         reference_draws=5000,

@@ -34,7 +34,7 @@ class StartSettings:
     """How a posterior is started."""
 
     value: ValueSettings = field(default_factory=ValueSettings)
-    strengths: tuple[float, ...] = (0.0, 1.0, 1.4, 1.8, 2.4)
+    strengths: tuple[float, ...] = (0.0, 1.0, 1.4, 1.8)
     """Of the guide; that of the highest ELBO is followed. A learned value is too flat: more than
     one is usual. Zero is the prior."""
     trial_paths: int = 300

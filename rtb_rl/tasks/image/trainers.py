@@ -11,7 +11,8 @@ from rtb_rl.baselines.adjoint import AdjointMatching
 from rtb_rl.baselines.policy_gradient import PolicyGradient
 from rtb_rl.baselines.surrogates import ClippedDdpo, Ddpo, Dpok, Surrogate, published_dpok
 from rtb_rl.baselines.trainer import BaselineSettings
-from rtb_rl.core import GaussianDiffusion, huber, rtb
+from rtb_rl.core import GaussianDiffusion, huber, linex, rtb, square
+from rtb_rl.core.objective import Penalty
 from rtb_rl.tasks.image.start import StartSettings
 from rtb_rl.tasks.image.target import ImageTarget
 from rtb_rl.training.checkpoint import Stateful
@@ -34,18 +35,20 @@ class PosteriorSettings:
         default_factory=lambda: FinetuneSettings(
             updates=100,
             beta_warmup=1,
-            conditions=64,
+            conditions=128,
             mix=Mix(on_policy=1, data=0),
-            levels_per_path=8,
+            levels_per_path=4,
             chunk=256,
-            learning_rate=1e-5,
+            learning_rate=2e-5,
             last_learning_rate=0.03,
             log_z_learning_rate=0.1,
             average_decay=0.97,
         )
     )
+    linex_limit: float | None = 4.0
+    """Residuals have the linex penalty, linear below minus so many nats; None: another penalty."""
     huber_threshold: float | None = 20.0
-    """Residuals beyond it, in nats, are penalised linearly; None: squared throughout."""
+    """Without linex: residuals beyond it, in nats, are penalised linearly; None: squares."""
     lora_rank: int | None = None
     """Rank of adapters on the attention of the prior's own network; None: all weights of a copy."""
     gradient_checkpointing: bool = False
@@ -81,16 +84,21 @@ def relative_trajectory_balance(
     accelerator: Accelerator,
 ) -> Finetuner:
     """The default trainer."""
-    threshold = settings.huber_threshold
     return Finetuner(
         task,
-        target.log_z(settings.finetune.mix.total),
+        target.log_z(settings.finetune.mix.total).to(generator.device),
         settings.finetune,
         generator=generator,
-        objective=rtb() if threshold is None else rtb(huber(threshold)),
+        objective=rtb(_penalty(settings)),
         look_ahead=True,
         accelerator=accelerator,
     )
+
+
+def _penalty(settings: PosteriorSettings) -> Penalty:
+    if settings.linex_limit is not None:
+        return linex(settings.linex_limit)
+    return square if settings.huber_threshold is None else huber(settings.huber_threshold)
 
 
 @dataclass(frozen=True)
