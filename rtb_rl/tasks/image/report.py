@@ -103,6 +103,7 @@ def draw_figure(
     )
     for axis in axes.flat:
         axis.axis("off")
+    turned = 90 if any(len(name) > 2 for name in classes) else 0
     highest = 1.05 * max((max(shares) for shares in histograms.values()), default=1.0)
     for index, (name, images) in enumerate(grids.items()):
         band, column = divmod(index, columns)
@@ -112,7 +113,7 @@ def draw_figure(
         if name in histograms:
             bottom.axis("on")
             bottom.bar(range(len(classes)), histograms[name], color="#1f77b4")
-            bottom.set_xticks(range(len(classes)), list(classes), fontsize=6)
+            bottom.set_xticks(range(len(classes)), list(classes), fontsize=6, rotation=turned)
             bottom.set_ylim(0, highest)
             bottom.set_yticks([])
     figure.tight_layout()

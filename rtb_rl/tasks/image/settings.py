@@ -118,7 +118,14 @@ def _demo(budget: Budget) -> Budget:
     return replace(
         budget,
         prior=replace(budget.prior, pretrain=replace(budget.prior.pretrain, steps=1500)),
-        posterior=_with(budget.posterior, updates=30),
+        posterior=replace(
+            _with(budget.posterior, updates=30),
+            start=StartSettings(
+                value=ValueSettings(draws=3000, steps=600, width=16),
+                trial_paths=150,
+                follow=FollowSettings(steps=500, paths=100),
+            ),
+        ),
         reference_draws=2000,
         draws=500,
     )

@@ -29,8 +29,6 @@ PATHS = 8
 class PosteriorSettings:
     """How an image posterior is trained."""
 
-    start: StartSettings | None = field(default_factory=StartSettings)
-    """What comes before: the posterior learns to follow a guide. None: it starts as the prior."""
     finetune: FinetuneSettings = field(
         default_factory=lambda: FinetuneSettings(
             updates=100,
@@ -45,6 +43,8 @@ class PosteriorSettings:
             average_decay=0.97,
         )
     )
+    start: StartSettings | None = field(default_factory=StartSettings)
+    """What comes before: the posterior learns to follow a guide. None: it starts as the prior."""
     linex_limit: float | None = 4.0
     """Residuals have the linex penalty, linear below minus so many nats; None: another penalty."""
     huber_threshold: float | None = 20.0
