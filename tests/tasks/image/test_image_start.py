@@ -139,17 +139,20 @@ def test_the_value_learned_from_draws_is_the_exact_one():
     torch.testing.assert_close(slope, by_hand.detach(), rtol=1e-3, atol=1e-4)
 
 
-def test_the_guide_is_told_classes_and_observations():
-    for name in ("every class", "measurement"):
-        asked = target(name)
-        draws = torch.rand(20, 1, 8, 8, generator=seeded(3)) * 2 - 1
-        task, _ = posterior_task(new_prior(), asked, TINY, seed=0)
-        settings = ValueSettings(width=4)
-        guide = new_guide(task, draws, settings, 1.0, encode=asked.encode, seed=0)
-        condition, _ = task.draw_conditions(8, generator=seeded(5))
-        mean, level = draws[:1].expand(8, -1, -1, -1), torch.full((8,), 3)
-        found = guide.logit(mean, level, condition)
-        assert len({round(value, 5) for value in found.tolist()}) > 1, name
+@pytest.mark.parametrize("name", ["every class", "measurement"])
+def test_the_guide_is_told_classes_and_observations(name):
+    """And several of them for one image, neighbours, are what they are one by one."""
+    asked = target(name)
+    draws = torch.rand(20, 1, 8, 8, generator=seeded(3)) * 2 - 1
+    task, _ = posterior_task(new_prior(), asked, TINY, seed=0)
+    guide = new_guide(task, draws, ValueSettings(width=4), 1.0, encode=asked.encode, seed=0)
+    condition, _ = task.draw_conditions(8, generator=seeded(5))
+    mean, level = draws[:1].expand(8, -1, -1, -1), torch.full((8,), 3)
+    found = guide.logit(mean, level, condition).detach()
+    assert len({round(value, 5) for value in found.tolist()}) > 1
+    several = guide.logit(draws[:2], level[:2], condition).detach()
+    each = guide.logit(draws[:2].repeat_interleave(4, 0), level, condition).detach()
+    torch.testing.assert_close(several, each)
 
 
 START = StartSettings(
