@@ -63,10 +63,12 @@ def mean_over_seeds(rows: Rows) -> dict[str, Any]:
     numbers = [name for name, value in rows[0].items() if isinstance(value, int | float)]
     found: dict[str, Any] = {}
     for name in numbers:
+        of_draws = name.endswith("_error") and not name.startswith("reference_")
+        if of_draws and name.removesuffix("_error") in numbers:
+            continue  # seeds say more
         values = [row[name] for row in rows if row[name] is not None]
         found[name] = float(np.mean(values))
-        measured = f"{name}_error" in rows[0] and not name.startswith("reference_")
-        if measured:
+        if f"{name}_error" in rows[0] and not name.startswith("reference_"):
             found[f"{name}_error"] = float(np.std(values, ddof=1) / len(values) ** 0.5)
     return {**dict.fromkeys(rows[0]), **found}
 

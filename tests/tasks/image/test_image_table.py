@@ -23,6 +23,7 @@ ROW = {
     "frechet_halves": 10.0,
     "collapsed": 0.0,
     "ess": None,
+    "histogram": [0.25, 0.75],
 }
 
 
@@ -44,7 +45,8 @@ def finished(directory, seed, value, target="class 3"):
 
 
 def test_the_error_over_seeds_is_that_of_their_mean():
-    rows = [{**ROW, "log_reward": value} for value in (-1.0, -2.0, -3.0)]
+    ordered = {"log_reward": 0.0, **ROW}  # a number before its error, as rows have them
+    rows = [{**ordered, "log_reward": value} for value in (-1.0, -2.0, -3.0)]
     mean = mean_over_seeds(rows)
     assert mean["log_reward"] == pytest.approx(-2.0)
     assert mean["log_reward_error"] == pytest.approx(1.0 / 3**0.5)
