@@ -20,7 +20,7 @@ from rtb_rl.nn.convolution import ConvClassifier
 from rtb_rl.tasks.image.evaluation import Judge, Reference, average_rows, compare
 from rtb_rl.tasks.image.images import ImageDataset, to_images
 from rtb_rl.tasks.image.posterior import ImagePosterior
-from rtb_rl.tasks.image.report import SIDE, draw_figure, markdown, print_table, slug
+from rtb_rl.tasks.image.report import SIDE, draw_figure, mark, markdown, print_table, slug
 from rtb_rl.tasks.image.settings import Budget, ImageSettings
 from rtb_rl.tasks.image.target import ImageTarget
 from rtb_rl.training.checkpoint import replace_file
@@ -115,11 +115,12 @@ class ImageJob:
         """Print the table, draw the figure, write table.md and results.json, in this order."""
         found = [self._rows / f"{slug(name)}.json" for name in names]
         rows = {row["method"]: row for row in (json.loads(path.read_text()) for path in found)}
+        titles = {name: name + mark(row) for name, row in rows.items()}
         samples = {
-            name: load(path.with_suffix(".safetensors").read_bytes())["x0"]
+            titles[name]: load(path.with_suffix(".safetensors").read_bytes())["x0"]
             for name, path in zip(names, found, strict=True)
         }
-        self._draw(samples, {name: row["histogram"] for name, row in rows.items()})
+        self._draw(samples, {titles[name]: row["histogram"] for name, row in rows.items()})
         print_table(f"{self.data.name}, {self.target.name}, beta {self.settings.beta}", rows)
         replace_file(self.run.directory / "table.md", markdown(rows).encode())
         self.run.finish({"methods": rows, "target": self.target.name})
