@@ -82,7 +82,7 @@ def _larger() -> Budget:
             start=StartSettings(
                 value=ValueSettings(draws=5000, steps=1000, batch=96, width=16),
                 trial_paths=100,
-                follow=FollowSettings(steps=1000, batch=96, paths=64, every=25),
+                follow=FollowSettings(steps=1000, batch=96, paths=64, every=25, learning_rate=1e-4),
             ),
         ),
         reference_draws=5000,
