@@ -1,7 +1,7 @@
 """Image posteriors against what is known of them: log Z, class masses, truths, and their memory.
 
     rtb-rl bench image_checks --fast --out runs/image-checks-fast    a few minutes on two cores
-    rtb-rl bench image_checks --out runs/image-checks                about 45 minutes of one core
+    rtb-rl bench image_checks --out runs/image-checks                an hour of one core, or less
 
 Three checks. `exact`: smoothed digits of which log Z and class masses are known. `inverse`: one
 posterior for all observations, its calibration and a table against training-free methods, on a

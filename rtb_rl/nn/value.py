@@ -4,10 +4,10 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
+from rtb_rl.nn.convolution import LAST_SIDE
 from rtb_rl.nn.initial import initialise
 
 EMBEDDING = 64
-LAST_SIDE = 4  # pixels a side of the last feature map, at most
 
 
 class ConvValue(nn.Module):

@@ -1,6 +1,5 @@
 """Denoising training of a prior, for any Diffusion."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,6 +11,7 @@ from rtb_rl.core import Diffusion
 from rtb_rl.core.protocols import Condition
 from rtb_rl.training.checkpoint import Stateful
 from rtb_rl.training.ema import Average
+from rtb_rl.training.rates import cosine
 from rtb_rl.training.seeding import GeneratorState
 
 
@@ -58,12 +58,10 @@ class Pretrainer:
     def update(self, step: int) -> Mapping[str, Tensor]:
         """One gradient step; the loss before it."""
         settings = self.settings
-        rate = settings.learning_rate * (1 + math.cos(math.pi * step / settings.steps)) / 2
+        rate = cosine(settings.learning_rate, step, settings.steps)
         self.optimiser.param_groups[0]["lr"] = rate
         x0, condition = self.draw(settings.batch, generator=self.generator)
-        level = torch.randint(
-            1, self.diffusion.levels + 1, (len(x0),), generator=self.generator, device=x0.device
-        )
+        level = random_level(len(x0), self.diffusion.levels, generator=self.generator)
         x = self.diffusion.corrupt(x0, level, generator=self.generator)
         prediction = self.denoiser(x, level, condition)
         loss = self.diffusion.denoising_loss(prediction, x0, x, level).mean()
@@ -82,3 +80,8 @@ class Pretrainer:
             "optimiser": self.optimiser,
             "generator": GeneratorState(self.generator),
         }
+
+
+def random_level(n: int, levels: int, *, generator: Generator) -> Tensor:
+    """A level of 1..levels for each of `n` rows, uniformly: int64 [n]."""
+    return torch.randint(1, levels + 1, (n,), generator=generator, device=generator.device)

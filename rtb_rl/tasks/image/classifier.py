@@ -17,6 +17,7 @@ from rtb_rl.tasks.image.images import ImageDataset
 from rtb_rl.tasks.image.metrics import expected_calibration_error
 from rtb_rl.training.checkpoint import Stateful
 from rtb_rl.training.loop import train
+from rtb_rl.training.rates import cosine
 from rtb_rl.training.run import Run
 from rtb_rl.training.seeding import GeneratorState, generator_for
 from rtb_rl.training.stage import complete, device_for_training, load_weights
@@ -70,7 +71,7 @@ class ClassifierTrainer:
     def update(self, step: int) -> Mapping[str, Tensor]:
         """One gradient step; the loss before it."""
         settings = self.settings
-        rate = settings.learning_rate * (1 + math.cos(math.pi * step / settings.steps)) / 2
+        rate = cosine(settings.learning_rate, step, settings.steps)
         self.optimiser.param_groups[0]["lr"] = rate
         images, labels = self.dataset.sample(settings.batch, generator=self.generator)
         images = shifted(images, settings.shift, generator=self.generator)

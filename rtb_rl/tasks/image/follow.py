@@ -15,9 +15,10 @@ from torch import Generator, Tensor, nn
 
 from rtb_rl.core import GaussianDiffusion, conditions, rollout
 from rtb_rl.core.protocols import Condition
-from rtb_rl.tasks.image.guide import cosine, random_level
 from rtb_rl.training.checkpoint import Stateful
 from rtb_rl.training.ema import Average, TrainedState
+from rtb_rl.training.pretrain import random_level
+from rtb_rl.training.rates import cosine
 from rtb_rl.training.seeding import GeneratorState
 from rtb_rl.training.task import Task
 
@@ -108,18 +109,19 @@ class _Seen:
         self.condition: Condition = None
 
     def add(self, x: Tensor, wanted: Tensor, condition: Condition) -> None:
-        paths, new = x.shape[1], {"x": x, "wanted": wanted}
-        old = self.tables or {name: table[:, :0] for name, table in new.items()}
-        forget = paths * (old["x"].shape[1] >= self.kept * paths)
-        held = {} if not self.tables else {"condition": self.condition}
-        self.tables = {name: torch.cat([old[name][:, forget:], new[name]], 1) for name in new}
-        earlier = [conditions.take(c, slice(forget, None)) for c in held.values()]
-        self.condition = conditions.concatenate([*earlier, condition])
+        new = {"x": x, "wanted": wanted}
+        if self.tables:
+            held, paths = self.tables["x"].shape[1], x.shape[1]
+            later = slice(max(0, held + paths - self.kept * paths), None)
+            new = {name: torch.cat([self.tables[name][:, later], new[name]], 1) for name in new}
+            earlier = conditions.take(self.condition, later)
+            condition = conditions.concatenate([earlier, condition])
+        self.tables, self.condition = new, condition
 
     def draw(self, n: int, *, generator: Generator) -> tuple[Tensor, Tensor, Tensor, Condition]:
         """`n` steps: x, wanted mean, level and condition; any kept step as likely as another."""
         x, wanted = self.tables["x"], self.tables["wanted"]
-        level = random_level(n, x.shape[0], generator)
+        level = random_level(n, x.shape[0], generator=generator)
         index = torch.randint(x.shape[1], (n,), generator=generator, device=generator.device)
         each = conditions.take(self.condition, index)
         return x[level - 1, index], wanted[level - 1, index], level, each

@@ -9,7 +9,6 @@ value smoothed by N(0, s^2 I), so the mean of the posterior's step is
 (Doob's transform and Stein's identity). It needs no gradient of the reward.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -23,6 +22,8 @@ from rtb_rl.core.protocols import Condition, Denoiser
 from rtb_rl.nn.value import ConvValue
 from rtb_rl.training.checkpoint import Stateful
 from rtb_rl.training.ema import Average
+from rtb_rl.training.pretrain import random_level
+from rtb_rl.training.rates import cosine
 from rtb_rl.training.scoring import score
 from rtb_rl.training.seeding import GeneratorState
 from rtb_rl.training.task import Task
@@ -105,6 +106,8 @@ class GuidedDenoiser(nn.Module):
     def forward(self, x: Tensor, level: Tensor, condition: Condition) -> Tensor:
         diffusion = self.guide.diffusion
         x0 = self.guide.prior(x, level, condition)
+        if self.strength == 0:
+            return x0
         step = diffusion.kernel(x0, x, level)
         moved = self.strength * step.std * self.guide.pull(step.mean, level, condition)
         return x0 + moved / diffusion.weight_x0[level].to(x0)
@@ -141,7 +144,7 @@ class ValueTrainer:
         settings, diffusion = self.settings, self.guide.diffusion
         self.optimiser.param_groups[0]["lr"] = cosine(settings.learning_rate, step, settings.steps)
         x0, condition, share = self._rewarded(settings.batch)
-        level = random_level(len(x0), diffusion.levels, self.generator)
+        level = random_level(len(x0), diffusion.levels, generator=self.generator)
         x = diffusion.corrupt(x0, level, generator=self.generator)
         with torch.no_grad():
             mean = diffusion.kernel(self.guide.prior(x, level, None), x, level).mean
@@ -173,13 +176,3 @@ class ValueTrainer:
             "optimiser": self.optimiser,
             "generator": GeneratorState(self.generator),
         }
-
-
-def cosine(rate: float, step: int, steps: int) -> float:
-    """Half a cosine from `rate` to zero."""
-    return rate * (1 + math.cos(math.pi * step / steps)) / 2
-
-
-def random_level(n: int, levels: int, generator: Generator) -> Tensor:
-    """int64 [n], uniform over 1..levels."""
-    return torch.randint(1, levels + 1, (n,), generator=generator, device=generator.device)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rtb_rl.adapters.pipelines import PipelinePrior
 from rtb_rl.adapters.unets import Encode, UNetInputs
 from rtb_rl.core import conditions, log_weight, rollout_against
+from rtb_rl.errors import InputError
 from rtb_rl.nn.value import ConvValue
 from rtb_rl.tasks.image.follow import Follower, FollowSettings, gaussian
 from rtb_rl.tasks.image.guide import Guide, GuidedDenoiser, ValueSettings, ValueTrainer
@@ -40,6 +41,10 @@ class StartSettings:
     trial_paths: int = 300
     """Guided paths for each strength."""
     follow: FollowSettings = field(default_factory=FollowSettings)
+
+    def __post_init__(self):
+        if not self.strengths:
+            raise InputError("strengths has none to choose from; give at least one, such as 1.0")
 
 
 @torch.no_grad()

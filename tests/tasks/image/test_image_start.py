@@ -15,10 +15,11 @@ from torch import nn
 
 from rtb_rl.core import GaussianDiffusion, log_snr_schedule, rollout_against, zero_terminal_signal
 from rtb_rl.core.gaussian import large_spread
+from rtb_rl.errors import InputError
 from rtb_rl.nn.value import ConvValue
 from rtb_rl.tasks.image import posterior as posteriors
 from rtb_rl.tasks.image import start as starts
-from rtb_rl.tasks.image.follow import Follower, FollowSettings
+from rtb_rl.tasks.image.follow import Follower, FollowSettings, _Seen
 from rtb_rl.tasks.image.guide import Guide, GuidedDenoiser, ValueSettings, ValueTrainer
 from rtb_rl.tasks.image.posterior import fit_posterior, posterior_task
 from rtb_rl.tasks.image.start import StartSettings, elbo_of_strengths, new_guide
@@ -107,6 +108,23 @@ def test_the_follower_ends_in_the_guided_chain():
     torch.testing.assert_close(
         shift, pull / DIFFUSION.weight_x0[levels].flatten(), rtol=0, atol=0.02
     )
+
+
+def test_only_the_last_paths_are_learned_from():
+    """Three times of four paths, two kept; a condition stays with its path."""
+    seen = _Seen(2, torch.device("cpu"))
+    for time in range(3):
+        x = torch.full((LEVELS, 4, 1), float(time))
+        seen.add(x, -x, torch.full((4,), time))
+    x, wanted, level, condition = seen.draw(200, generator=seeded())
+    assert set(x.flatten().tolist()) == {1.0, 2.0}
+    assert x.equal(-wanted) and x.flatten().equal(condition.float())
+    assert set(level.tolist()) == set(range(1, LEVELS + 1))
+
+
+def test_no_strength_to_choose_from_is_refused():
+    with pytest.raises(InputError, match="give at least one"):
+        StartSettings(strengths=())
 
 
 def positive(x0, condition):
