@@ -46,15 +46,18 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def new_unet(blocks: tuple = ATTENTION, **config: Any) -> UNet2DModel:
-    unet = UNet2DModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        down_block_types=blocks[0],
-        up_block_types=blocks[1],
-        **config,
-    )
+    """The same weights each time, whatever has drawn before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = UNet2DModel(
+            sample_size=8,
+            layers_per_block=1,
+            block_out_channels=(8, 16),
+            norm_num_groups=4,
+            down_block_types=blocks[0],
+            up_block_types=blocks[1],
+            **config,
+        )
     return unet.eval()
 
 
