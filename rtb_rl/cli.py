@@ -29,12 +29,13 @@ usage: rtb-rl COMMAND ...
   list                  programs, benchmarks, recipes for data and D4RL tasks
   run PROGRAM ...       run a program: one complete training job
   evaluate DIR ...      episodes with the policy of a finished run
+  infill DIR ...        texts for a gap from a finished run of rtb_language
   collect RECIPE ...    make a data set with the behaviour policies in the package
   bench NAME ...        run a benchmark
 
 The options: rtb-rl run PROGRAM --help, rtb-rl evaluate --help, and so on.
 """
-COMMANDS = ("list", "run", "evaluate", "collect", "bench")
+COMMANDS = ("list", "run", "evaluate", "infill", "collect", "bench")
 FOLDERS = {"run": "rtb_rl.agents", "bench": "rtb_rl.benchmarks"}
 HELP = ("-h", "--help")
 
@@ -59,6 +60,25 @@ class Evaluate:
     """Also film the first episode, into this .gif (or .mp4 with imageio-ffmpeg)."""
     json: bool = False
     """Print one JSON object with every episode."""
+
+
+@dataclass(frozen=True)
+class Infill:
+    """Fill the gap between two texts."""
+
+    directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """What rtb_language was given as --out."""
+    left: str
+    """The text before the gap."""
+    right: str = ""
+    """The text after it."""
+    n: Annotated[int, tyro.conf.arg(aliases=("-n",))] = 5
+    """How many texts."""
+    length: int | None = None
+    """Of the gap, in tokens; not given: drawn from those of the stories trained on."""
+    seed: int = 0
+    json: bool = False
+    """Print one JSON object."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +124,8 @@ def parse(arguments: Sequence[str]) -> Callable[[], None]:
             return show_names
         case "evaluate":
             return partial(evaluate, read_options(Evaluate, command, rest))
+        case "infill":
+            return partial(infill, read_options(Infill, command, rest))
         case "collect":
             return partial(collect, read_options(Collect, command, rest))
     raise unknown("command", command, COMMANDS)
@@ -196,6 +218,19 @@ def evaluate(settings: Evaluate) -> None:
             interval = report[f"{key}_interval"]
             spread = f"  95 % interval {interval[0]:.1f} to {interval[1]:.1f}" if interval else ""
             print(f"{key.replace('_', ' '):17} {value:8.1f}{spread}")
+
+
+def infill(settings: Infill) -> None:
+    """Load a posterior of texts and print what it writes into the gap."""
+    from rtb_rl.tasks.language.saved import infill_gap
+
+    given = {name: value for name, value in vars(settings).items() if name != "json"}
+    texts = infill_gap(**given)
+    if settings.json:
+        print(json.dumps({"left": settings.left, "infills": texts, "right": settings.right}))
+        return
+    for text in texts:
+        print(" ".join(filter(None, (settings.left, f"[{text}]", settings.right))))
 
 
 def collect(settings: Collect) -> None:

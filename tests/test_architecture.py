@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "baselines": {"baselines", "training", "core"},
     "rl": {"rl", "nn", "training", "core"},
     "tasks": {"tasks", "nn", "adapters", "baselines", "training", "core"},
-    "exactness": {"exactness", "tasks", "nn", "training", "core"},
+    "exactness": {"exactness", "tasks", "nn", "baselines", "training", "core"},
     "cli": {"rl", "tasks"},
     "errors": set(),
     "agents": {"", *LIBRARY},

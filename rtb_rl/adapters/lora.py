@@ -20,11 +20,11 @@ from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
 from rtb_rl.adapters.extras import extra
+from rtb_rl.core.on_demand import log_probs_at
 from rtb_rl.core.protocols import Condition
 from rtb_rl.errors import InputError
 
 with extra("image"):
-    from diffusers.models.unets.unet_2d import UNet2DModel
     from peft import (
         LoraConfig,
         get_peft_model_state_dict,
@@ -60,6 +60,14 @@ class WithoutLora(nn.Module):
         self._switch(off=True)
         try:
             return self._shared[0](x, level, condition)
+        finally:
+            self._switch(off=False)
+
+    def at(self, x: Tensor, level: Tensor, condition: Any, row: Tensor, place: Tensor) -> Tensor:
+        """Of tokens: what it says at the places (row, place)."""
+        self._switch(off=True)
+        try:
+            return log_probs_at(self._shared[0], x, level, condition, row, place)
         finally:
             self._switch(off=False)
 
@@ -117,7 +125,7 @@ def lora_layers(network: nn.Module) -> list[LoraLayer]:
     return [module for module in network.modules() if isinstance(module, LoraLayer)]
 
 
-def merged(unet: UNet2DModel) -> UNet2DModel:
+def merged(unet: Network) -> Network:
     """A plain copy with W + (alpha / rank) B A in the place of W, for `save_pipeline`."""
     copied = copy.deepcopy(unet)
     for name, module in list(copied.named_modules()):

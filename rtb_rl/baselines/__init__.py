@@ -1,6 +1,7 @@
 """Other ways to sample p(x) r(x)^beta / Z, over the same Diffusion and Denoiser."""
 
 from rtb_rl.baselines.adjoint import AdjointMatching
+from rtb_rl.baselines.denoising import DenoisingPosterior, DenoisingSettings
 from rtb_rl.baselines.draws import Draws
 from rtb_rl.baselines.guidance import (
     dps,
@@ -32,12 +33,15 @@ from rtb_rl.baselines.surrogates import (
     published_dpok,
 )
 from rtb_rl.baselines.trainer import BaselineSettings
+from rtb_rl.baselines.value_decoding import svdd
 
 __all__ = [
     "AdjointMatching",
     "BaselineSettings",
     "ClippedDdpo",
     "Ddpo",
+    "DenoisingPosterior",
+    "DenoisingSettings",
     "Dpok",
     "Draws",
     "ImportanceReference",
@@ -57,5 +61,6 @@ __all__ = [
     "posterior_mean_step",
     "published_dpok",
     "sum_potential",
+    "svdd",
     "twisted_smc",
 ]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rtb_rl.core import Denoiser, LogReward
+from rtb_rl.core import Denoiser, LogReward, OnDemandLogProbs
 from rtb_rl.core.protocols import Condition
 from rtb_rl.errors import InputError, NonFiniteError
 from rtb_rl.training.scoring import LOG_REWARD_FLOOR
@@ -37,12 +37,23 @@ class CountedDenoiser:
         self.denoiser, self.calls = denoiser, 0
 
     def __call__(self, x: Tensor, level: Tensor, condition: Condition) -> Any:
-        self.calls += len(x)
         prediction = self.denoiser(x, level, condition)
+        if isinstance(prediction, OnDemandLogProbs):
+            return self._counted(prediction)
+        self.calls += len(x)
         first = prediction[0] if isinstance(prediction, tuple) else prediction
         if first.requires_grad:
             first.register_hook(self._count_backward)
         return prediction
+
+    def _counted(self, prediction: OnDemandLogProbs) -> OnDemandLogProbs:
+        """Of rows that are asked for alone."""
+
+        def evaluate(chosen: Tensor) -> Tensor:
+            self.calls += int(chosen.any(1).sum())
+            return prediction[chosen]
+
+        return OnDemandLogProbs(evaluate)
 
     def _count_backward(self, gradient: Tensor) -> None:
         self.calls += 2 * len(gradient)

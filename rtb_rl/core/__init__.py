@@ -28,9 +28,10 @@ from rtb_rl.core.alternatives import (
 )
 from rtb_rl.core.denoising_posterior import denoising_posterior_loss
 from rtb_rl.core.gaussian import GaussianDiffusion, ScaledPrediction
+from rtb_rl.core.infilling import Infilling, TokenLogits
 from rtb_rl.core.kernels import GaussianKernel, UnmaskingKernel
 from rtb_rl.core.log_z import ConditionalLogZ, GroupMeanLogZ, ScalarLogZ
-from rtb_rl.core.masked import Infilling, MaskedDiffusion, RevealPrediction, TokenLogits
+from rtb_rl.core.masked import MaskedDiffusion, RevealPrediction
 from rtb_rl.core.objective import (
     backward_in_chunks,
     effective_sample_size,
@@ -47,6 +48,7 @@ from rtb_rl.core.objective import (
     rtb_loss,
     square,
 )
+from rtb_rl.core.on_demand import OnDemand, OnDemandLogProbs
 from rtb_rl.core.parameterization import NoisePrediction, ScorePrediction, VelocityPrediction
 from rtb_rl.core.protocols import Denoiser, Diffusion, Kernel, LogReward, LogZ, Objective
 from rtb_rl.core.replay import SampleReplay
@@ -83,6 +85,8 @@ __all__ = [
     "MaskingSchedule",
     "NoisePrediction",
     "Objective",
+    "OnDemand",
+    "OnDemandLogProbs",
     "RandomOrder",
     "ResampledSampler",
     "RevealLaw",

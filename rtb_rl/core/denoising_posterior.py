@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Generator, Tensor
 
-from rtb_rl.core.masked import MaskedDiffusion, RevealPrediction
+from rtb_rl.core.kernels import token_log_probs
+from rtb_rl.core.masked import LogProbs, MaskedDiffusion, RevealPrediction
 from rtb_rl.core.protocols import Condition, Denoiser
 
 LogZOfPoint = Callable[[Tensor, Tensor, Condition], Tensor]
@@ -42,7 +43,6 @@ def denoising_posterior_loss(
     return (log_z(x, level, condition) + ratio - beta * log_reward).square().mean()
 
 
-def _log_prob(prediction: Tensor | RevealPrediction, x0: Tensor, masked: Tensor) -> Tensor:
+def _log_prob(prediction: LogProbs | RevealPrediction, x0: Tensor, masked: Tensor) -> Tensor:
     log_probs = prediction.log_probs if isinstance(prediction, RevealPrediction) else prediction
-    chosen = log_probs.gather(-1, x0.unsqueeze(-1)).squeeze(-1)
-    return torch.where(masked, chosen, 0.0).sum(1)
+    return token_log_probs(log_probs, x0, masked).sum(1)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Generator, Tensor
 
+from rtb_rl.core.on_demand import OnDemandLogProbs
 from rtb_rl.core.reveals import RevealLaw
 
 
@@ -57,12 +58,13 @@ class GaussianKernel:
 class UnmaskingKernel:
     """Reveals some of the masked tokens of `x`; the law of each depends on nothing but `log_probs`.
 
-    `log_probs`: [batch, length, V], normalised over V, -inf allowed, none for the mask; `x`: int64
+    `log_probs`: [batch, length, V], normalised over V, -inf allowed, none for the mask, or the same
+    on demand; `x`: int64
     [batch, length] at `level` [batch]. `reveals` says which positions, `shift` [batch, length] how
     a denoiser changes the log-odds of that.
     """
 
-    log_probs: Tensor
+    log_probs: Tensor | OnDemandLogProbs
     x: Tensor
     level: Tensor
     mask: int
@@ -110,18 +112,24 @@ class UnmaskingKernel:
 
     def widened(self, factor: float) -> "UnmaskingKernel":
         """`factor` times the temperature of the tokens; positions are revealed as before."""
+        if isinstance(self.log_probs, OnDemandLogProbs):
+            return replace(self, log_probs=self.log_probs.tempered(factor))
         return replace(self, log_probs=(self.log_probs / factor).log_softmax(-1))
 
     def _log_reveal(self, revealed: Tensor, masked: Tensor) -> Tensor:
         return self.reveals.log_prob(revealed, masked, self.level, self.shift)
 
 
-def token_log_probs(log_probs: Tensor, tokens: Tensor, chosen: Tensor) -> Tensor:
+def token_log_probs(log_probs: Tensor | OnDemandLogProbs, tokens: Tensor, chosen: Tensor) -> Tensor:
     """The log-probability of each token where `chosen`, zero elsewhere: [batch, length].
 
     Float32 or better. Gathered before any arithmetic, so that -inf at tokens not taken reaches
     neither value nor gradient.
     """
+    if isinstance(log_probs, OnDemandLogProbs):
+        taken = log_probs[chosen].gather(-1, tokens[chosen].unsqueeze(-1)).squeeze(-1)
+        (taken,) = _at_least_float32(taken)
+        return taken.new_zeros(chosen.shape).index_put(chosen.nonzero(as_tuple=True), taken)
     index = torch.where(chosen, tokens, 0).unsqueeze(-1)
     (taken,) = _at_least_float32(log_probs.gather(-1, index).squeeze(-1))
     return torch.where(chosen, taken, 0.0)

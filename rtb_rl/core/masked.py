@@ -6,8 +6,11 @@ import torch
 from torch import Generator, Tensor, nn
 
 from rtb_rl.core.kernels import UnmaskingKernel, token_log_probs
-from rtb_rl.core.protocols import Condition, Denoiser
+from rtb_rl.core.on_demand import OnDemandLogProbs
 from rtb_rl.core.reveals import RevealLaw
+
+LogProbs = Tensor | OnDemandLogProbs
+"""Log-probabilities [batch, length, V] of the clean tokens."""
 
 
 class RevealPrediction(NamedTuple):
@@ -52,7 +55,7 @@ class MaskedDiffusion(nn.Module):
         return torch.full(shape, self.mask, dtype=torch.int64, device=generator.device)
 
     def kernel(
-        self, prediction: Tensor | RevealPrediction, x: Tensor, level: Tensor
+        self, prediction: LogProbs | RevealPrediction, x: Tensor, level: Tensor
     ) -> UnmaskingKernel:
         """The law of x[level - 1] given x and the predicted tokens; `level` [batch] in 1..K."""
         log_probs, shift = _parts(prediction)
@@ -73,7 +76,7 @@ class MaskedDiffusion(nn.Module):
         return self._masked_until(self._times(x0, generator), x0, levels)
 
     def denoising_loss(
-        self, prediction: Tensor | RevealPrediction, x0: Tensor, x: Tensor, level: Tensor
+        self, prediction: LogProbs | RevealPrediction, x0: Tensor, x: Tensor, level: Tensor
     ) -> Tensor:
         """K sum_i P(i is revealed in this step) (-log p(x0_i)) / length, nats: [batch].
 
@@ -110,76 +113,25 @@ class MaskedDiffusion(nn.Module):
             )
 
 
-class TokenLogits(nn.Module):
-    """A network that returns logits [batch, length, V], seen as a Denoiser of masked diffusion.
-
-    The mask gets no probability (where it is among the V tokens); the rest is normalised, in
-    float32 or better.
-    """
-
-    def __init__(self, network: Denoiser, mask: int):
-        super().__init__()
-        self.network, self.mask = network, mask
-
-    def forward(self, x: Tensor, level: Tensor, condition: Condition) -> Tensor:
-        logits = self.network(x, level, condition)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        is_mask = torch.arange(logits.shape[-1], device=logits.device) == self.mask
-        return logits.masked_fill(is_mask, -torch.inf).log_softmax(-1)
-
-
-class Infilling(nn.Module):
-    """A Denoiser of the free tokens of a sequence; the rest of it is context and never enters x.
-
-    Context is therefore never masked and never counted. The condition is a dict with at least
-
-        tokens  int64 [batch, sequence], anything at the free positions
-        free    int64 [batch, length], their places in the sequence, -1 for an unused slot
-
-    so that rows may have different free positions, and fewer than `length`. The network sees the
-    sequence with x written into it, and the whole condition; it returns log-probabilities
-    [batch, sequence, V]. An unused slot is token 0 with certainty (also in x0 made from data), so
-    it adds nothing to any log-ratio.
-    """
-
-    def __init__(self, network: Denoiser):
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor, level: Tensor, condition: Condition) -> Tensor:
-        if not isinstance(condition, dict) or not {"tokens", "free"} <= condition.keys():
-            given = sorted(condition) if isinstance(condition, dict) else type(condition).__name__
-            raise ValueError(f"infilling needs a condition with 'tokens' and 'free', not {given}")
-        tokens, free = condition["tokens"], condition["free"]
-        if free.shape != x.shape:
-            raise ValueError(
-                f"'free' has shape {list(free.shape)}, x {list(x.shape)}: give each slot of x its"
-                " place in the sequence, -1 where it is unused"
-            )
-        used, end = free >= 0, tokens.shape[1]
-        place = torch.where(used, free, end)  # unused slots are written beyond the end
-        sequence = torch.cat([tokens, torch.zeros_like(tokens[:, :1])], 1).scatter(1, place, x)
-        log_probs = self.network(sequence[:, :end], level, condition)
-        _check_prediction(log_probs, None, tokens)
-        rows = torch.arange(len(x), device=x.device).unsqueeze(1)
-        certain = torch.full_like(log_probs[0, 0], -torch.inf)
-        certain[0] = 0
-        return torch.where(used.unsqueeze(-1), log_probs[rows, free.clamp(min=0)], certain)
-
-
-def _parts(prediction: Tensor | RevealPrediction) -> tuple[Tensor, Tensor | None]:
+def _parts(prediction: LogProbs | RevealPrediction) -> tuple[LogProbs, Tensor | None]:
     return prediction if isinstance(prediction, RevealPrediction) else (prediction, None)
 
 
-def _check_prediction(log_probs: Tensor, shift: Tensor | None, x: Tensor) -> None:
+def _check_prediction(log_probs: LogProbs, shift: Tensor | None, x: Tensor) -> None:
+    if isinstance(log_probs, Tensor):
+        check_log_probs(log_probs, x)
+    if shift is not None and shift.shape != x.shape:
+        raise ValueError(
+            f"a reveal shift {list(shift.shape)} doesn't fit tokens {list(x.shape)}: give one"
+            " number a position"
+        )
+
+
+def check_log_probs(log_probs: Tensor, x: Tensor) -> None:
+    """ValueError unless these are floats [batch, length, V] for tokens [batch, length]."""
     if log_probs.ndim != 3 or log_probs.shape[:2] != x.shape or not log_probs.is_floating_point():
         raise ValueError(
             f"log-probabilities {log_probs.dtype} {list(log_probs.shape)} don't fit tokens"
             f" {list(x.shape)}: a denoiser returns floats [batch, length, vocabulary] for every"
             " position it is given; wrap one of longer sequences in Infilling"
-        )
-    if shift is not None and shift.shape != x.shape:
-        raise ValueError(
-            f"a reveal shift {list(shift.shape)} doesn't fit tokens {list(x.shape)}: give one"
-            " number a position"
         )

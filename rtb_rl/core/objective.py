@@ -108,7 +108,9 @@ def backward_in_chunks(
         if control is not None:
             with torch.no_grad():
                 rows = rows - control(prediction, level, condition, path)
-        (scale * rows * kernel.log_prob(x_before)).sum().backward()
+        loss = (scale * rows * kernel.log_prob(x_before)).sum()
+        if loss.requires_grad:  # not where no step of a chunk asks the posterior anything
+            loss.backward()
 
 
 def rtb(penalty: Penalty = square) -> Objective:

@@ -1,11 +1,10 @@
 """Masked diffusion on sequences that can be listed: trained posteriors against enumeration."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 
-import torch
 from torch import Tensor, nn
 
+from rtb_rl.baselines import DenoisingPosterior, DenoisingSettings
 from rtb_rl.core import (
     FixedOrder,
     IndependentReveals,
@@ -18,7 +17,6 @@ from rtb_rl.core import (
     log_weight,
     published_rl_loss,
 )
-from rtb_rl.core.denoising_posterior import denoising_posterior_loss
 from rtb_rl.exactness.fit import Effort, Row, fit_toy, found, row
 from rtb_rl.exactness.tables import FAMILIES, InconsistentTokens, PointLogZ
 from rtb_rl.tasks.toy import TokenSpace, Toy, token_floors, token_task
@@ -26,7 +24,7 @@ from rtb_rl.tasks.toy.floors import Projection, learned_reveal, shared_schedule
 from rtb_rl.training.loop import train
 from rtb_rl.training.mix import Mix
 from rtb_rl.training.run import Run
-from rtb_rl.training.seeding import GeneratorState, generator_for
+from rtb_rl.training.seeding import generator_for
 from rtb_rl.training.settings import FinetuneSettings
 
 VOCABULARY, LENGTH = 3, 4
@@ -147,34 +145,35 @@ def _independent_reveals(run: Run, effort: Effort, seed: int, levels: int) -> li
 
 
 def fit_denoising(run: Run, toy: Toy, settings: FinetuneSettings, *, seed: int) -> nn.Module:
-    """The posterior denoiser trained with DDPP-LB (arXiv 2410.08134) on its own draws."""
-    task, generator = toy.task, generator_for(seed, "denoising posterior")
-    assert isinstance(task.diffusion, MaskedDiffusion)
-    diffusion, log_z = task.diffusion, PointLogZ(TokenSpace(VOCABULARY, LENGTH))
-    parameters = [*task.posterior.parameters(), *log_z.parameters()]
-    optimiser = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
-
-    def update(step: int) -> Mapping[str, Tensor]:
-        optimiser.param_groups[0]["lr"] = settings.learning_rate * (1 - step / settings.updates)
-        x0 = Sampler(diffusion, task.posterior).sample(None, PATHS, generator=generator)
-        log_reward = task.log_reward(x0, None)
-        models = (diffusion, task.posterior, task.prior, log_z)
-        loss = denoising_posterior_loss(
-            *models, x0, None, log_reward, settings.beta, generator=generator
-        )
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        return {"ddpp/loss": loss.detach()}
-
-    parts = {
-        "posterior": task.posterior,
-        "log_z": log_z,
-        "optimiser": optimiser,
-        "generator": GeneratorState(generator),
-    }
-    train(run, update, parts, steps=settings.updates, description=run.directory.name)
-    return task.posterior
+    """The posterior denoiser trained with DDPP-LB on its own draws (the average of its weights)."""
+    chosen = DenoisingSettings(
+        updates=settings.updates,
+        beta=settings.beta,
+        conditions=settings.conditions,
+        paths=settings.mix.total,
+        data=0,
+        refresh=1,
+        replay_capacity=PATHS,
+        learning_rate=settings.learning_rate,
+        last_learning_rate=settings.last_learning_rate,
+        log_z_learning_rate=settings.log_z_learning_rate,
+        gradient_clip=settings.gradient_clip,
+        average_decay=settings.average_decay,
+    )
+    trainer = DenoisingPosterior(
+        toy.task,
+        PointLogZ(TokenSpace(VOCABULARY, LENGTH)),
+        chosen,
+        generator=generator_for(seed, "denoising posterior"),
+    )
+    train(
+        run,
+        trainer.update,
+        trainer.parts,
+        steps=settings.updates,
+        description=run.directory.name,
+    )
+    return trainer.average.module
 
 
 def exact_error(toy: Toy, posterior: nn.Module) -> float:

@@ -107,6 +107,10 @@ class Run:
         """A grid of images [n, C, H, W] in [0, 1] to TensorBoard."""
         self._tensorboard(step).add_images(name, images.cpu(), step)
 
+    def log_text(self, step: int, name: str, text: str) -> None:
+        """Markdown to TensorBoard."""
+        self._tensorboard(step).add_text(name, text, step)
+
     def save(self, step: int, parts: Mapping[str, Stateful]) -> None:
         """Checkpoint the parts as of `step`."""
         save_checkpoint(self.directory / "checkpoints", step, parts)

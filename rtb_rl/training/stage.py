@@ -44,12 +44,12 @@ def complete(
     module.requires_grad_(False).eval()
 
 
-def load_weights(directory: Path, module: Stateful) -> None:
+def load_weights(directory: Path, module: Stateful, *, name: str = WEIGHTS) -> None:
     """Load a complete stage's weights into a module of the same shape.
 
     Raises CheckpointError where the file is missing, damaged or of another shape.
     """
-    path = directory / WEIGHTS
+    path = directory / name
     try:
         module.load_state_dict(load(path.read_bytes()))
     except Exception as error:

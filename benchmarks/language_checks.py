@@ -1,0 +1,264 @@
+"""Language posteriors against what is known: enumeration, a Markov chain, and how many masks stay.
+
+    rtb-rl bench language_checks --fast --out runs/language-checks-fast    a minute or two
+    rtb-rl bench language_checks --out runs/language-checks                ten minutes of two cores
+
+Three checks. `exact`: a transformer posterior of sequences that can be listed. `markov`: prior and
+posterior of gaps in sequences of a known Markov chain, whose log Z and token marginals follow by
+forward and backward sums. `masks`: the share of masks left after each step of six. What is complete
+is not done again. Ends with rows.jsonl.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from torch import Tensor, nn
+
+from rtb_rl.core import (
+    FixedOrder,
+    IndependentReveals,
+    MaskedDiffusion,
+    OnDemand,
+    Sampler,
+    TokenLogits,
+    importance_log_z,
+    linear_masking,
+    log_weight,
+    rollout,
+    rollout_against,
+)
+from rtb_rl.core.log_z import GroupMeanLogZ, ScalarLogZ
+from rtb_rl.core.protocols import Condition
+from rtb_rl.errors import InputError
+from rtb_rl.nn.transformer import MaskedTransformer
+from rtb_rl.tasks.language.markov import random_chain
+from rtb_rl.tasks.language.markov_world import MarkovWorld, WorldSettings, token_marginals
+from rtb_rl.tasks.toy import token_task
+from rtb_rl.training import (
+    Finetuner,
+    FinetuneSettings,
+    Mix,
+    Pretrainer,
+    Run,
+    generator_for,
+    train,
+    write_rows,
+)
+from rtb_rl.training.stage import complete
+
+SIZES = ((3, 4), (4, 5), (5, 4))
+"""Tokens and lengths of the exact check."""
+STEPS = 6
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Language posteriors against what is known of them."""
+
+    out: Path = Path("runs/language-checks")
+    fast: bool = False
+    """Less training and fewer prompts; the same bounds, which may then not hold."""
+    only: tuple[str, ...] = ()
+    """Names of checks (exact, markov, masks); not given: all of them."""
+    seed: int = 0
+
+
+def row(case: str, seed: int, value: float | Tensor, bound: float | None = None) -> Row:
+    return {"case": case, "seed": seed, "value": float(value), "bound": bound}
+
+
+class TransformerPosterior(nn.Module):
+    """The prior's log-probabilities plus the logits of a transformer that starts at zero."""
+
+    def __init__(self, prior: nn.Module, diffusion: MaskedDiffusion):
+        super().__init__()
+        self.prior = prior
+        generator = generator_for(0, "exact posterior")
+        size = diffusion.mask + 2
+        self.network = TokenLogits(
+            MaskedTransformer(size, pad=size - 1, width=64, depth=2, generator=generator),
+            diffusion.mask,
+        )
+        self.scale = nn.Parameter(torch.zeros(()))
+        self.vocabulary = diffusion.mask
+
+    def forward(self, x: Tensor, level: Tensor, condition: None) -> Tensor:
+        logits = self.network(x, level, condition)[..., : self.vocabulary]
+        return (self.prior(x, level, condition) + self.scale * logits).log_softmax(-1)
+
+
+def exact_rows(settings: Settings) -> list[Row]:
+    """One token a step in a fixed order, where a transformer can be the exact posterior."""
+    tuned = FinetuneSettings(
+        updates=40 if settings.fast else 1200,
+        beta_warmup=30,
+        conditions=1,
+        mix=Mix(on_policy=192, prior=64, data=0),
+        levels_per_path=None,
+        learning_rate=2e-3,
+        last_learning_rate=0.01,
+        log_z_learning_rate=0.05,
+        average_decay=0.99,
+    )
+    rows = []
+    for vocabulary, length in SIZES:
+        name = f"exact-{vocabulary}-{length}"
+        toy = token_task(
+            vocabulary,
+            length,
+            FixedOrder(torch.randperm(length, generator=generator_for(settings.seed, name))),
+            posterior=TransformerPosterior,
+            generator=generator_for(settings.seed, name),
+        )
+        run = Run(settings.out / name, {"seed": settings.seed, **asdict(tuned)})
+        log_z, generator = ScalarLogZ(), generator_for(settings.seed, name, "training")
+        tuner = Finetuner(toy.task, log_z, tuned, generator=generator)
+
+        def fit(tuner: Finetuner = tuner, run: Run = run, log_z: ScalarLogZ = log_z):
+            seconds = fit_average(run, tuner, tuned.updates, tuner.task.posterior)
+            return {"seconds": seconds, "log_z": float(log_z.value.detach())}
+
+        complete(run, toy.task.posterior, fit)
+        found = run.results or {}
+        tv = toy.task.evaluate(Sampler(toy.task.diffusion, toy.task.posterior))["tv"]
+        error = abs(found["log_z"] - float(toy.log_z(None)))
+        case = f"exact, V = {vocabulary}, L = {length}"
+        rows.append(row(f"{case}: TV", settings.seed, tv, 0.01))
+        rows.append(row(f"{case}: |log Z error|", settings.seed, error, 0.01))
+        rows.append(row(f"{case}: seconds", settings.seed, found["seconds"]))
+    return rows
+
+
+def markov_rows(settings: Settings) -> list[Row]:
+    """Gaps in sequences of a Markov chain; every prompt is new."""
+    chosen, prompts, draws = WorldSettings(), 50, 1000
+    if settings.fast:
+        chosen = replace(
+            chosen,
+            levels=8,
+            pretrain=replace(chosen.pretrain, steps=60),
+            finetune=replace(chosen.finetune, updates=10),
+        )
+        prompts, draws = 10, 100
+    seed = settings.seed
+    chain = random_chain(20, concentration=0.35, generator=generator_for(seed, "chain"))
+    world = MarkovWorld(chain)
+    generator = generator_for(seed, "prior")
+    prior = world.prior(chosen, generator=generator)
+    run = Run(settings.out / "markov", {"seed": seed, **asdict(chosen)})
+    stage = run.stage("prior", asdict(chosen.pretrain))
+
+    def fit_prior() -> dict[str, Any]:
+        denoiser = OnDemand(prior.both_sides())
+        reveals = IndependentReveals(linear_masking(chosen.levels), world.window)
+        whole = MaskedDiffusion(world.window, world.frame.codec.mask, reveals)
+        given = (whole, denoiser, world.examples, chosen.pretrain)
+        trainer = Pretrainer(*given, generator=generator)
+        return {"seconds": fit_average(stage, trainer, chosen.pretrain.steps, denoiser)}
+
+    complete(stage, prior.network, fit_prior)
+    network = copy.deepcopy(prior.network).requires_grad_(True)
+    assert isinstance(network, MaskedTransformer)
+    task = world.task(prior, network)
+    after = run.stage("posterior", asdict(chosen.finetune))
+
+    def fit_posterior() -> dict[str, Any]:
+        log_z = GroupMeanLogZ(chosen.finetune.mix.total)
+        trained = generator_for(seed, "posterior")
+        tuner = Finetuner(task, log_z, chosen.finetune, generator=trained)
+        return {"seconds": fit_average(after, tuner, chosen.finetune.updates, task.posterior)}
+
+    complete(after, network, fit_posterior)
+    condition, _ = world.draw(prompts, generator=generator_for(seed, "prompts"))
+    known, marginals = world.truth(condition)
+    rows = []
+    for name, denoiser in (
+        ("prompt (x, y)", prior.both_sides()),
+        ("RTB", prior.both_sides(network)),
+    ):
+        bounded = name == "RTB"
+        generator = generator_for(seed, "draws", name)
+        found = token_marginals(prior.diffusion, denoiser, condition, draws, generator=generator)
+        tokens = slice(1, 1 + chain.vocabulary)
+        tv = (found[..., tokens] - marginals).abs().sum(-1).mean() / 2
+        weights = path_weights(world, task, denoiser, condition, draws, generator)
+        log_z = importance_log_z(weights)[0]
+        error = (log_z - known).abs().mean()
+        rows.append(row(f"markov, {name}: marginal TV", seed, tv, 0.05 if bounded else None))
+        rows.append(row(f"markov, {name}: |log Z error|", seed, error, 0.1 if bounded else None))
+        gap = (known - weights.mean(1)).mean()
+        rows.append(row(f"markov, {name}: log Z - ELBO", seed, gap))
+    for name, one in (("prior", stage), ("posterior", after)):
+        rows.append(row(f"markov, {name}: seconds", seed, (one.results or {})["seconds"]))
+    return rows
+
+
+@torch.no_grad()
+def path_weights(
+    world: MarkovWorld, task: Any, denoiser: nn.Module, condition: Any, n: int, generator: Any
+) -> Tensor:
+    """Log-weights of paths of the denoiser: float64 [prompts, n]."""
+    each = {name: tensor.repeat_interleave(n, 0) for name, tensor in condition.items()}
+    rows = len(each["tokens"])
+    given = (task.diffusion, OnDemand(denoiser), task.prior, each, rows)
+    path, ratio = rollout_against(*given, generator=generator)
+    reward = world.log_reward(path.x0, each)
+    return log_weight(reward, ratio.double(), 1.0).reshape(-1, n)
+
+
+def fit_average(run: Run, trainer: Any, steps: int, module: nn.Module) -> float:
+    """Train and put the averaged weights into the module; the seconds it took."""
+    seconds = train(run, trainer.update, trainer.parts, steps=steps, description=run.directory.name)
+    module.load_state_dict(trainer.average.module.state_dict())
+    return seconds
+
+
+def mask_rows(settings: Settings) -> list[Row]:
+    """Masks left after each step; 1 - 1/6, ..., 0 where the reveal probability is exact.
+
+    The code published with arXiv 2405.20971 leaves 24 % before it fills in all at once.
+    """
+    length, paths = 50, 400 if settings.fast else 4000
+    diffusion = MaskedDiffusion(length, 3, IndependentReveals(linear_masking(STEPS), length))
+
+    def uniform(x: Tensor, level: Tensor, condition: Condition) -> Tensor:
+        return torch.zeros(*x.shape, 3).log_softmax(-1)
+
+    path = rollout(diffusion, uniform, None, paths, generator=generator_for(settings.seed, "masks"))
+    left = (path.x == 3).double().mean((1, 2)).flip(0)[1:]
+    wanted = 1 - torch.arange(1, STEPS + 1) / STEPS
+    bound = 4 * 0.5 / (paths * length) ** 0.5  # four standard errors at most
+    rows = [
+        row(f"masks left after step {i + 1} of {STEPS}", settings.seed, value)
+        for i, value in enumerate(left)
+    ]
+    error = (left - wanted).abs().max()
+    return [*rows, row("masks left: largest error", settings.seed, error, bound)]
+
+
+CHECKS: Mapping[str, Callable[[Settings], list[Row]]] = {
+    "exact": exact_rows,
+    "markov": markov_rows,
+    "masks": mask_rows,
+}
+
+
+def main(settings: Settings) -> None:
+    """Run the checks, then write their rows."""
+    if unknown := [name for name in settings.only if name not in CHECKS]:
+        raise InputError(f"no check {', '.join(unknown)}; the checks are {', '.join(CHECKS)}")
+    given = {k: v for k, v in asdict(settings).items() if k not in ("out", "only")}
+    run = Run(settings.out, given)
+    chosen = [check for name, check in CHECKS.items() if not settings.only or name in settings.only]
+    write_rows(run, [row for check in chosen for row in check(settings)])
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))

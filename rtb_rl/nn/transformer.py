@@ -1,0 +1,173 @@
+"""Small transformers of tokens: one that sees all of a sequence, one that sees what came before."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.nn import functional
+
+from rtb_rl.core.protocols import Condition
+from rtb_rl.nn.initial import initialise
+
+ROTATION_BASE = 10_000.0
+
+Mask = Callable[[Tensor], Tensor]
+"""Which positions see which: bool, broadcastable to [batch, heads, length, length]."""
+
+
+class MaskedTransformer(nn.Module):
+    """Logits of masked diffusion: (x [batch, length], level, condition) -> [batch, length, V].
+
+    Every position sees every other one, but padding. Without time input: which tokens are masked
+    says it all (arXiv 2406.07524 section 3). With a `precision` the blocks are evaluated in it, and
+    the logits in that of the weights.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        *,
+        pad: int,
+        width: int = 128,
+        depth: int = 4,
+        heads: int = 4,
+        precision: torch.dtype | None = None,
+        generator: Generator,
+    ):
+        super().__init__()
+        shape = (vocabulary, width, depth, heads)
+        self.pad = pad
+        self.trunk = _Trunk(shape, lambda x: (x != pad)[:, None, None], precision, generator)
+        self.bias = nn.Parameter(torch.zeros(vocabulary))
+
+    def forward(self, x: Tensor, level: Tensor, condition: Condition) -> Tensor:
+        features = self._features(x)
+        logits = functional.linear(features, self.trunk.tokens.weight, self.bias)
+        return functional.pad(logits, (0, 0, 0, x.shape[1] - logits.shape[1]))
+
+    def at(self, x: Tensor, level: Tensor, condition: Condition, row: Tensor, place: Tensor):
+        """Logits at the places (row, place) alone, which must not be padding: [n, V]."""
+        features = self._features(x)[row, place]
+        return functional.linear(features, self.trunk.tokens.weight, self.bias)
+
+    def _features(self, x: Tensor) -> Tensor:
+        """Of the columns that are not padding in every row."""
+        filled = (x != self.pad).any(0).nonzero()
+        return self.trunk(x[:, : int(filled[-1]) + 1 if len(filled) else 1])
+
+
+class CausalTransformer(nn.Module):
+    """Tokens [batch, length] -> logits of the token after each: [batch, length, V]."""
+
+    def __init__(
+        self,
+        vocabulary: int,
+        *,
+        width: int = 128,
+        depth: int = 4,
+        heads: int = 4,
+        precision: torch.dtype | None = None,
+        generator: Generator,
+    ):
+        super().__init__()
+        self.trunk = _Trunk((vocabulary, width, depth, heads), _causal, precision, generator)
+        self.bias = nn.Parameter(torch.zeros(vocabulary))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return functional.linear(self.trunk(tokens), self.trunk.tokens.weight, self.bias)
+
+    def at(self, tokens: Tensor, row: Tensor, place: Tensor) -> Tensor:
+        """Logits of the token after the places (row, place): [n, V]."""
+        features = self.trunk(tokens)[row, place]
+        return functional.linear(features, self.trunk.tokens.weight, self.bias)
+
+
+class _Trunk(nn.Module):
+    """Tokens -> features [batch, length, width], ready for a product with the token table."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int, int],
+        mask: Mask,
+        precision: torch.dtype | None,
+        generator: Generator,
+    ):
+        super().__init__()
+        vocabulary, width, depth, heads = shape
+        self.mask, self.precision, self.heads = mask, precision, heads
+        table = torch.empty(vocabulary, width, device=generator.device)
+        self.tokens = nn.Embedding(vocabulary, width, _weight=table)
+        table.normal_(std=width**-0.5, generator=generator)
+        self.blocks = nn.ModuleList([_Block(width, heads) for _ in range(depth)])
+        self.norm = nn.LayerNorm(width)
+        self.to(generator.device)
+        initialise(self.blocks, generator=generator)
+        self._calm()
+
+    def _calm(self) -> None:
+        """Shrink what the blocks add, so that their sum is of order one."""
+        with torch.no_grad():
+            for name, weight in self.blocks.named_parameters():
+                if name.endswith(("attended.weight", "last.weight")):
+                    weight.mul_((2 * len(self.blocks)) ** -0.5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        width = self.tokens.embedding_dim
+        x, seen = self.tokens(tokens) * width**0.5, self.mask(tokens)
+        dtype = self.precision or x.dtype
+        turn = _rotation(tokens.shape[1], width // self.heads, tokens.device, dtype)
+        with torch.autocast(tokens.device.type, dtype, enabled=self.precision is not None):
+            for block in self.blocks:
+                x = block(x, seen, turn)
+        return self.norm(x)
+
+
+class _Block(nn.Module):
+    """Attention, then a hidden layer, each added to what came in (pre-norm)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads, self.head = heads, width // heads
+        self.before_attention = nn.LayerNorm(width)
+        self.query_key_value = nn.Linear(width, 3 * width, bias=False)
+        self.attended = nn.Linear(width, width)
+        self.before_hidden = nn.LayerNorm(width)
+        self.hidden = nn.Linear(width, 4 * width)
+        self.last = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor, seen: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+        batch, length, width = x.shape
+        joint = self.query_key_value(self.before_attention(x))
+        q, k, v = joint.view(batch, length, 3, self.heads, self.head).permute(2, 0, 3, 1, 4)
+        q, k = _turned(q, turn), _turned(k, turn)
+        found = _attention(q, k, v, seen)
+        x = x + self.attended(found.transpose(1, 2).reshape(batch, length, width))
+        return x + self.last(functional.gelu(self.hidden(self.before_hidden(x))))
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(head)) v over what is seen: [batch, heads, length, head]."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # there torch's takes four times as
+        scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5  # long, backward pass included
+        return scores.masked_fill(~seen, -1e9).softmax(-1) @ v
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+
+
+def _causal(tokens: Tensor) -> Tensor:
+    length = tokens.shape[1]
+    return torch.ones((length, length), dtype=torch.bool, device=tokens.device).tril()
+
+
+def _rotation(
+    length: int, head: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [length, head / 2] of rotary positions (arXiv 2104.09864)."""
+    half = torch.arange(head // 2, device=device, dtype=torch.float32)
+    angle = torch.arange(length, device=device)[:, None] * ROTATION_BASE ** (-2 * half / head)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def _turned(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    cosine, sine = turn
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], -1)
