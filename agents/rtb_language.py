@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import tyro
 
-from rtb_rl.tasks.language import TextSettings, compare, fit_rtb, open_text_job
+from rtb_rl.tasks.language import TextSettings, check_methods, compare, fit_rtb, open_text_job
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Settings(TextSettings):
 
 def main(settings: Settings) -> None:
     """Fit what is not complete and compare the posterior with other ways to fill a gap."""
+    check_methods(settings)
     job = open_text_job(settings, program="rtb_language")
     compare(job, fit_rtb(job))
 

@@ -9,7 +9,6 @@ forward and backward sums. `masks`: the share of masks left after each step of s
 is not done again. Ends with rows.jsonl.
 """
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,30 +22,30 @@ from rtb_rl.core import (
     FixedOrder,
     IndependentReveals,
     MaskedDiffusion,
-    OnDemand,
     Sampler,
     TokenLogits,
-    importance_log_z,
     linear_masking,
-    log_weight,
     rollout,
-    rollout_against,
 )
-from rtb_rl.core.log_z import GroupMeanLogZ, ScalarLogZ
+from rtb_rl.core.log_z import ScalarLogZ
 from rtb_rl.core.protocols import Condition
 from rtb_rl.errors import InputError
 from rtb_rl.nn.transformer import MaskedTransformer
 from rtb_rl.tasks.language.markov import random_chain
-from rtb_rl.tasks.language.markov_world import MarkovWorld, WorldSettings, token_marginals
+from rtb_rl.tasks.language.markov_fit import (
+    compare_with_truth,
+    fit_average,
+    fit_world_posterior,
+    fit_world_prior,
+)
+from rtb_rl.tasks.language.markov_world import MarkovWorld, WorldSettings
 from rtb_rl.tasks.toy import token_task
 from rtb_rl.training import (
     Finetuner,
     FinetuneSettings,
     Mix,
-    Pretrainer,
     Run,
     generator_for,
-    train,
     write_rows,
 )
 from rtb_rl.training.stage import complete
@@ -137,7 +136,7 @@ def exact_rows(settings: Settings) -> list[Row]:
 
 
 def markov_rows(settings: Settings) -> list[Row]:
-    """Gaps in sequences of a Markov chain; every prompt is new."""
+    """Gaps in sequences of a Markov chain; the prompts are new."""
     chosen, prompts, draws = WorldSettings(), 50, 1000
     if settings.fast:
         chosen = replace(
@@ -150,74 +149,16 @@ def markov_rows(settings: Settings) -> list[Row]:
     seed = settings.seed
     chain = random_chain(20, concentration=0.35, generator=generator_for(seed, "chain"))
     world = MarkovWorld(chain)
-    generator = generator_for(seed, "prior")
-    prior = world.prior(chosen, generator=generator)
     run = Run(settings.out / "markov", {"seed": seed, **asdict(chosen)})
-    stage = run.stage("prior", asdict(chosen.pretrain))
-
-    def fit_prior() -> dict[str, Any]:
-        denoiser = OnDemand(prior.both_sides())
-        reveals = IndependentReveals(linear_masking(chosen.levels), world.window)
-        whole = MaskedDiffusion(world.window, world.frame.codec.mask, reveals)
-        given = (whole, denoiser, world.examples, chosen.pretrain)
-        trainer = Pretrainer(*given, generator=generator)
-        return {"seconds": fit_average(stage, trainer, chosen.pretrain.steps, denoiser)}
-
-    complete(stage, prior.network, fit_prior)
-    network = copy.deepcopy(prior.network).requires_grad_(True)
-    assert isinstance(network, MaskedTransformer)
-    task = world.task(prior, network)
-    after = run.stage("posterior", asdict(chosen.finetune))
-
-    def fit_posterior() -> dict[str, Any]:
-        log_z = GroupMeanLogZ(chosen.finetune.mix.total)
-        trained = generator_for(seed, "posterior")
-        tuner = Finetuner(task, log_z, chosen.finetune, generator=trained)
-        return {"seconds": fit_average(after, tuner, chosen.finetune.updates, task.posterior)}
-
-    complete(after, network, fit_posterior)
-    condition, _ = world.draw(prompts, generator=generator_for(seed, "prompts"))
-    known, marginals = world.truth(condition)
-    rows = []
-    for name, denoiser in (
-        ("prompt (x, y)", prior.both_sides()),
-        ("RTB", prior.both_sides(network)),
-    ):
-        bounded = name == "RTB"
-        generator = generator_for(seed, "draws", name)
-        found = token_marginals(prior.diffusion, denoiser, condition, draws, generator=generator)
-        tokens = slice(1, 1 + chain.vocabulary)
-        tv = (found[..., tokens] - marginals).abs().sum(-1).mean() / 2
-        weights = path_weights(world, task, denoiser, condition, draws, generator)
-        log_z = importance_log_z(weights)[0]
-        error = (log_z - known).abs().mean()
-        rows.append(row(f"markov, {name}: marginal TV", seed, tv, 0.05 if bounded else None))
-        rows.append(row(f"markov, {name}: |log Z error|", seed, error, 0.1 if bounded else None))
-        gap = (known - weights.mean(1)).mean()
-        rows.append(row(f"markov, {name}: log Z - ELBO", seed, gap))
-    for name, one in (("prior", stage), ("posterior", after)):
-        rows.append(row(f"markov, {name}: seconds", seed, (one.results or {})["seconds"]))
+    prior, prior_seconds = fit_world_prior(run, world, chosen, seed=seed)
+    network, seconds = fit_world_posterior(run, world, prior, chosen, seed=seed)
+    generator = generator_for(seed, "prompts")
+    found = compare_with_truth(world, prior, network, prompts, draws, generator=generator)
+    bounds = {"RTB: marginal TV": 0.05, "RTB: |log Z error|": 0.1}
+    rows = [row(f"markov, {key}", seed, value, bounds.get(key)) for key, value in found.items()]
+    rows.append(row("markov, prior: seconds", seed, prior_seconds))
+    rows.append(row("markov, posterior: seconds", seed, seconds))
     return rows
-
-
-@torch.no_grad()
-def path_weights(
-    world: MarkovWorld, task: Any, denoiser: nn.Module, condition: Any, n: int, generator: Any
-) -> Tensor:
-    """Log-weights of paths of the denoiser: float64 [prompts, n]."""
-    each = {name: tensor.repeat_interleave(n, 0) for name, tensor in condition.items()}
-    rows = len(each["tokens"])
-    given = (task.diffusion, OnDemand(denoiser), task.prior, each, rows)
-    path, ratio = rollout_against(*given, generator=generator)
-    reward = world.log_reward(path.x0, each)
-    return log_weight(reward, ratio.double(), 1.0).reshape(-1, n)
-
-
-def fit_average(run: Run, trainer: Any, steps: int, module: nn.Module) -> float:
-    """Train and put the averaged weights into the module; the seconds it took."""
-    seconds = train(run, trainer.update, trainer.parts, steps=steps, description=run.directory.name)
-    module.load_state_dict(trainer.average.module.state_dict())
-    return seconds
 
 
 def mask_rows(settings: Settings) -> list[Row]:

@@ -223,8 +223,8 @@ def test_a_program_has_the_agreed_options(name):
     settings = importlib.import_module(f"rtb_rl.agents.{name}").Settings
     fields = {field.name: field for field in dataclasses.fields(settings)}
     assert settings.__dataclass_params__.frozen and settings.__doc__
-    of_images = "image" in name
-    own = {"data", "target"} if of_images else {"dataset", "env_id"}
+    data = {"image": {"data", "target"}, "language": {"data", "reward"}}
+    own = next((data[word] for word in data if word in name), {"dataset", "env_id"})
     assert own | {"out", "seed", "budget"} <= set(fields)
     words = [word for option in sorted(own) for word in (f"--{option.replace('_', '-')}", "x")]
     for budget in ("smoke", "demo", "full"):

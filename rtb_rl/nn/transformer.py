@@ -1,6 +1,7 @@
 """Small transformers of tokens: one that sees all of a sequence, one that sees what came before."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -10,6 +11,7 @@ from rtb_rl.core.protocols import Condition
 from rtb_rl.nn.initial import initialise
 
 ROTATION_BASE = 10_000.0
+GATE_SCALE = 30.0  # a gate moves faster than weights do, at one learning rate
 
 Mask = Callable[[Tensor], Tensor]
 """Which positions see which: bool, broadcastable to [batch, heads, length, length]."""
@@ -41,19 +43,55 @@ class MaskedTransformer(nn.Module):
         self.bias = nn.Parameter(torch.zeros(vocabulary))
 
     def forward(self, x: Tensor, level: Tensor, condition: Condition) -> Tensor:
-        features = self._features(x)
-        logits = functional.linear(features, self.trunk.tokens.weight, self.bias)
-        return functional.pad(logits, (0, 0, 0, x.shape[1] - logits.shape[1]))
+        return self.logits(self.features(x), x.shape[1])
 
     def at(self, x: Tensor, level: Tensor, condition: Condition, row: Tensor, place: Tensor):
         """Logits at the places (row, place) alone, which must not be padding: [n, V]."""
-        features = self._features(x)[row, place]
-        return functional.linear(features, self.trunk.tokens.weight, self.bias)
+        return self.logits(self.features(x)[row, place])
 
-    def _features(self, x: Tensor) -> Tensor:
-        """Of the columns that are not padding in every row."""
+    def features(
+        self, x: Tensor, faded: Tensor | None = None, gate: Tensor | None = None
+    ) -> Tensor:
+        """Of the columns that are not padding in every row: [batch, columns, width].
+
+        `faded`: bool [batch, length], what other positions see by `gate` [blocks, heads, 1, 1].
+        """
         filled = (x != self.pad).any(0).nonzero()
-        return self.trunk(x[:, : int(filled[-1]) + 1 if len(filled) else 1])
+        end = int(filled[-1]) + 1 if len(filled) else 1
+        return self.trunk(x[:, :end], None if faded is None else faded[:, :end], gate)
+
+    def logits(self, features: Tensor, length: int | None = None) -> Tensor:
+        """Logits of features; zeros up to `length` columns."""
+        logits = functional.linear(features, self.trunk.tokens.weight, self.bias)
+        missing = 0 if length is None else length - logits.shape[1]
+        return functional.pad(logits, (0, 0, 0, missing)) if missing else logits
+
+
+class GatedTransformer(nn.Module):
+    """A MaskedTransformer to which part of the sequence, `condition["right"]`, fades in.
+
+    Other positions attend by (1 - gate) * softmax without it + gate * softmax with it, a learned
+    gate for each block and head: zero at first, where the network is the one that is not shown that
+    part; with gates of one it is the network that is shown everything.
+    """
+
+    def __init__(self, network: MaskedTransformer):
+        super().__init__()
+        self.network = network
+        trunk = network.trunk
+        self.gate = nn.Parameter(torch.zeros(len(trunk.blocks), trunk.heads))
+
+    def forward(self, x: Tensor, level: Tensor, condition: Condition) -> Tensor:
+        return self.network.logits(self._features(x, condition), x.shape[1])
+
+    def at(self, x: Tensor, level: Tensor, condition: Condition, row: Tensor, place: Tensor):
+        """Logits at the places (row, place) alone: [n, V]."""
+        return self.network.logits(self._features(x, condition)[row, place])
+
+    def _features(self, x: Tensor, condition: Condition) -> Tensor:
+        assert isinstance(condition, dict)
+        gate = (GATE_SCALE * self.gate)[:, :, None, None]
+        return self.network.features(x, condition["right"], gate)
 
 
 class CausalTransformer(nn.Module):
@@ -111,14 +149,21 @@ class _Trunk(nn.Module):
                 if name.endswith(("attended.weight", "last.weight")):
                     weight.mul_((2 * len(self.blocks)) ** -0.5)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(
+        self, tokens: Tensor, faded: Tensor | None = None, gate: Tensor | None = None
+    ) -> Tensor:
         width = self.tokens.embedding_dim
         x, seen = self.tokens(tokens) * width**0.5, self.mask(tokens)
         dtype = self.precision or x.dtype
         turn = _rotation(tokens.shape[1], width // self.heads, tokens.device, dtype)
         with torch.autocast(tokens.device.type, dtype, enabled=self.precision is not None):
-            for block in self.blocks:
-                x = block(x, seen, turn)
+            if faded is None or gate is None:
+                for block in self.blocks:
+                    x = block(x, seen, turn)
+            else:
+                without = seen & (faded[:, :, None] | ~faded[:, None])[:, None]
+                for block, share in zip(self.blocks, gate.to(dtype), strict=True):
+                    x = block(x, (without, seen), turn, share)
         return self.norm(x)
 
 
@@ -135,12 +180,12 @@ class _Block(nn.Module):
         self.hidden = nn.Linear(width, 4 * width)
         self.last = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor, seen: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, seen: Any, turn: tuple[Tensor, Tensor], share: Any = None):
         batch, length, width = x.shape
         joint = self.query_key_value(self.before_attention(x))
         q, k, v = joint.view(batch, length, 3, self.heads, self.head).permute(2, 0, 3, 1, 4)
         q, k = _turned(q, turn), _turned(k, turn)
-        found = _attention(q, k, v, seen)
+        found = _attention(q, k, v, seen) if share is None else _mixed(q, k, v, seen, share)
         x = x + self.attended(found.transpose(1, 2).reshape(batch, length, width))
         return x + self.last(functional.gelu(self.hidden(self.before_hidden(x))))
 
@@ -148,9 +193,19 @@ class _Block(nn.Module):
 def _attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(head)) v over what is seen: [batch, heads, length, head]."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # there torch's takes four times as
-        scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5  # long, backward pass included
-        return scores.masked_fill(~seen, -1e9).softmax(-1) @ v
+        return _weights(q, k, seen) @ v  # long, backward pass included
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+
+
+def _mixed(q: Tensor, k: Tensor, v: Tensor, seen: Sequence[Tensor], share: Tensor) -> Tensor:
+    """Attention that is (1 - share) over what the first mask shows and `share` over the second."""
+    first, second = (_weights(q, k, shown) for shown in seen)
+    return (first + share * (second - first)) @ v
+
+
+def _weights(q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
+    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    return scores.masked_fill(~seen, -1e9).softmax(-1)
 
 
 def _causal(tokens: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ class TrainedState:
 
     def __init__(self, module: nn.Module):
         self.module = module
-        self.frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+        named = module.named_parameters(remove_duplicate=False)  # tied weights have two names
+        self.frozen = {name for name, p in named if not p.requires_grad}
 
     def state_dict(self) -> dict[str, Tensor]:
         state = self.module.state_dict()

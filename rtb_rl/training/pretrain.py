@@ -66,7 +66,8 @@ class Pretrainer:
         prediction = self.denoiser(x, level, condition)
         loss = self.diffusion.denoising_loss(prediction, x0, x, level).mean()
         self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        if loss.requires_grad:  # not where no row of the batch asks the denoiser anything
+            loss.backward()
         self.optimiser.step()
         self.average.update(self.denoiser)
         return {"prior/loss": loss.detach()}

@@ -37,7 +37,7 @@ def complete(
     part = part or module
     if run.results is None:
         results = fit()
-        data = save(_tensors(part))
+        data = save(tensors_of(part))
         replace_file(run.directory / WEIGHTS, data)
         run.finish({**results, "sha256": hashlib.sha256(data).hexdigest()})
     load_weights(run.directory, part)
@@ -62,9 +62,13 @@ def load_weights(directory: Path, module: Stateful, *, name: str = WEIGHTS) -> N
 def fingerprint(part: object) -> str:
     """sha256 of a module's tensors; the class name of anything else."""
     if isinstance(part, nn.Module):
-        return hashlib.sha256(save(_tensors(part))).hexdigest()
+        return hashlib.sha256(save(tensors_of(part))).hexdigest()
     return f"{type(part).__module__}.{type(part).__qualname__}"
 
 
-def _tensors(module: Stateful) -> dict[str, torch.Tensor]:
-    return {name: tensor.cpu().contiguous() for name, tensor in module.state_dict().items()}
+def tensors_of(module: Stateful) -> dict[str, torch.Tensor]:
+    """The tensors of its state on the CPU, for a file: each in memory of its own, also where a
+    network uses one for two purposes.
+    """
+    state = module.state_dict()
+    return {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in state.items()}

@@ -1,7 +1,7 @@
 """Language posteriors: gaps in texts, filled by a masked diffusion language model."""
 
 from rtb_rl.tasks.language.codec import HubCodec, TextCodec, train_byte_codec, train_word_codec
-from rtb_rl.tasks.language.comparison import compare, fit_rtb
+from rtb_rl.tasks.language.comparison import check_methods, compare, fit_rtb
 from rtb_rl.tasks.language.denoiser import TextPrior
 from rtb_rl.tasks.language.job import TextJob, open_text_job
 from rtb_rl.tasks.language.language_model import LanguageModel
@@ -47,6 +47,7 @@ __all__ = [
     "TextSettings",
     "Texts",
     "WordCount",
+    "check_methods",
     "compare",
     "export_infiller",
     "fit_language_model",

@@ -41,9 +41,7 @@ class TextCodec(Protocol):
     never: tuple[int, ...]
 
     @property
-    def sha256(self) -> str:
-        """A digest, equal for equal codecs."""
-        ...
+    def sha256(self) -> str: ...
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, without special ones: a text can't spell them.

@@ -12,7 +12,13 @@ from rtb_rl.errors import InputError
 from rtb_rl.tasks.language.evaluation import Examiner, Infills
 from rtb_rl.tasks.language.job import TextJob
 from rtb_rl.tasks.language.log_z import group_log_z, network_log_z
-from rtb_rl.tasks.language.methods import trained, training_free, weighted_reference
+from rtb_rl.tasks.language.methods import (
+    AUTOREGRESSIVE,
+    TRAINING_FREE,
+    trained,
+    training_free,
+    weighted_reference,
+)
 from rtb_rl.tasks.language.posterior import (
     TextPosterior,
     fit_text_posterior,
@@ -20,6 +26,7 @@ from rtb_rl.tasks.language.posterior import (
 from rtb_rl.tasks.language.prompts import Gap
 from rtb_rl.tasks.language.report import markdown, print_table, stories
 from rtb_rl.tasks.language.saved import export_infiller
+from rtb_rl.tasks.language.settings import TextSettings
 from rtb_rl.tasks.language.trainers import (
     MakeTrainer,
     denoising_posterior,
@@ -37,6 +44,14 @@ TRAINED: Mapping[str, tuple[str, MakeTrainer]] = {
 """Name -> (directory, what makes the trainer)."""
 
 
+def check_methods(settings: TextSettings) -> None:
+    """InputError for a method that there is not."""
+    of_story = (AUTOREGRESSIVE,) if settings.reward == "story" else ()
+    names = (REFERENCE, *TRAINING_FREE, *of_story, *TRAINED, RTB)
+    if unknown := [name for name in settings.methods if name not in names]:
+        raise InputError(f"there is no method {unknown[0]!r}; there are {', '.join(names)}")
+
+
 def fit_rtb(job: TextJob) -> TextPosterior:
     """The posterior of the job in posterior/, with what `rtb-rl infill` needs."""
     make_log_z = network_log_z if job.settings.learned_log_z else group_log_z
@@ -51,17 +66,18 @@ def compare(job: TextJob, posterior: TextPosterior) -> dict[str, dict[str, Any]]
 
     InputError for a method that there is not.
     """
+    check_methods(job.settings)
     methods = _methods(job, posterior)
     wanted = job.settings.methods or tuple(methods)
-    if unknown := [name for name in wanted if name not in methods]:
-        raise InputError(f"there is no method {unknown[0]!r}; there are {', '.join(methods)}")
     human = job.problem.prompts.gaps
-    examiner = Examiner(job.reward, job.judge, human, job.reference, job.settings.bert_model)
+    settings = job.settings
+    examiner = Examiner(
+        job.reward, job.judge, human, job.reference, settings.bert_model, settings.beta
+    )
     names = list(dict.fromkeys((REFERENCE, *wanted, RTB)))
     found = {name: _measured(job, examiner, name, methods[name]) for name in names}
     rows = {name: row for name, (row, _) in found.items()}
     written = {name: texts for name, (_, texts) in found.items()}
-    settings = job.settings
     title = (
         f"{settings.data}: sentence {settings.hidden} of {settings.sentences}, {settings.reward}"
     )

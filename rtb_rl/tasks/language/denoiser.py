@@ -16,6 +16,7 @@ from rtb_rl.core import (
     linear_masking,
 )
 from rtb_rl.core.protocols import Condition
+from rtb_rl.nn.transformer import GATE_SCALE, GatedTransformer, MaskedTransformer
 from rtb_rl.tasks.language.prompts import Frame
 
 
@@ -36,6 +37,34 @@ class LeftContext(nn.Module):
     def _shown(self, condition: Any) -> dict[str, Tensor]:
         tokens = torch.where(condition["right"], self.pad, condition["tokens"])
         return {**condition, "tokens": tokens}
+
+
+class GatedLogits(nn.Module):
+    """Any network of sequences, to whose logits the right context fades in.
+
+    left + gate * (both - left), where `left` are those without the right context. The gate is
+    learned and zero at first. Two evaluations of the network.
+    """
+
+    def __init__(self, network: nn.Module, pad: int):
+        super().__init__()
+        self.network, self.pad = network, pad
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor, level: Tensor, condition: Any) -> Tensor:
+        left = self.network(torch.where(condition["right"], self.pad, x), level, condition)
+        both = self.network(x, level, condition)
+        barred = left.isinf() | both.isinf()  # out before any arithmetic: it would reach the gate
+        left, both = left.masked_fill(barred, 0.0), both.masked_fill(barred, 0.0)
+        moved = left + GATE_SCALE * self.gate * (both - left)
+        return moved.masked_fill(barred, -torch.inf)
+
+
+def fading(network: nn.Module, pad: int) -> nn.Module:
+    """The network with a right context that fades in; it starts as if there were none."""
+    if isinstance(network, MaskedTransformer):
+        return GatedTransformer(network)
+    return GatedLogits(network, pad)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from rtb_rl.baselines import ImportanceReference
 from rtb_rl.errors import InputError
 from rtb_rl.tasks.language.language_model import LanguageModel
-from rtb_rl.tasks.language.metrics import bert_score, bleu, distinct, gleu, repetition
+from rtb_rl.tasks.language.metrics import bert_score, bleu, distinct, gleu, repetition, words
 from rtb_rl.tasks.language.prompts import Gap
 from rtb_rl.tasks.language.rewards import TextReward
 
@@ -37,7 +37,7 @@ class Infills:
 @dataclass(frozen=True)
 class Examiner:
     """The reward, a second language model that is never a reward, and the importance-weighted
-    reference; `human` is what people wrote in the gaps.
+    reference of the reward to the power `beta`; `human` is what people wrote in the gaps.
     """
 
     reward: TextReward
@@ -45,6 +45,7 @@ class Examiner:
     human: Sequence[Gap]
     reference: ImportanceReference
     bert_model: str | None = None
+    beta: float = 1.0
 
     def examine(self, infills: Infills) -> dict[str, Any]:
         """One row of the table. Means over prompts, with the standard error of that mean.
@@ -55,7 +56,7 @@ class Examiner:
         flat = [gap for row in infills.gaps for gap in row]
         rows, each = len(infills.gaps), len(flat) // len(infills.gaps)
         log_reward = self.reward(flat).double().reshape(rows, each).mean(1)
-        wanted = self.reference.mean(self.reference.log_weight)[0]
+        wanted = self.reference.mean(self.reference.log_weight / self.beta)[0]
         texts, human = self._texts(flat), self._texts(self.human)
         written = [text for text in human for _ in range(each)]
         return {
@@ -65,9 +66,9 @@ class Examiner:
             **_mean("bleu", _by_row(bleu(texts, written), each)),
             **_mean("gleu", _by_row(gleu(texts, written), each)),
             "bert_score": self._bert_score(texts, written),
-            "distinct_2": distinct(texts),
+            "distinct_2": distinct(texts) if any(len(words(each)) > 1 for each in texts) else None,
             "repetition": repetition(texts, [gap.left for gap in flat]),
-            "perplexity": self.judge.perplexity([gap.left for gap in flat], texts),
+            "perplexity": self._perplexity(flat),
             "calls": infills.calls,
             "seconds": infills.seconds,
             "training_calls": infills.training_calls,
@@ -87,6 +88,13 @@ class Examiner:
         if infills.ess is not None:
             found["ess"] = float(infills.ess.double().mean())
         return found
+
+    def _perplexity(self, gaps: Sequence[Gap]) -> float | None:
+        """None where every text is empty, as a gap that ends itself may be."""
+        told = [gap for gap in gaps if words(gap.middle or "")]
+        if not told:
+            return None
+        return self.judge.perplexity([gap.left for gap in told], self._texts(told))
 
     def _texts(self, gaps: Sequence[Gap]) -> list[str]:
         return [gap.middle or "" for gap in gaps]

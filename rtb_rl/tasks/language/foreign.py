@@ -54,7 +54,9 @@ def foreign_prior(
             f"{source!r} reads {model.window} tokens, and the window is {window}; make that smaller"
         )
     codec = HubCodec(model.tokenizer, mask=model.mask)
-    network = Cropped(model.denoiser(linear_masking(levels)), codec.pad)
+    network: nn.Module = model.denoiser(linear_masking(levels))
+    if model.pad is not None:  # else what fills up is seen, and must not depend on other rows
+        network = Cropped(network, codec.pad)
     recipe = {
         "source": source,
         "tokenizer": tokenizer,

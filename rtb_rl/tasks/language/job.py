@@ -1,26 +1,30 @@
 """What the language program begins with: stories, prior, language models, prompts, reference."""
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from rtb_rl.baselines import ImportanceReference
-from rtb_rl.errors import InputError
+from rtb_rl.errors import InputError, NonFiniteError
 from rtb_rl.tasks.language.codec import TextCodec, train_byte_codec, train_word_codec
 from rtb_rl.tasks.language.denoiser import TextPrior
-from rtb_rl.tasks.language.language_model_training import (
-    LanguageModel,
-    LanguageModelSettings,
-    fit_language_model,
-)
+from rtb_rl.tasks.language.language_model import LanguageModel
+from rtb_rl.tasks.language.language_model_training import fit_language_model
 from rtb_rl.tasks.language.methods import GapProblem
 from rtb_rl.tasks.language.named_rewards import named_reward
+from rtb_rl.tasks.language.posterior import text_task
 from rtb_rl.tasks.language.prior import fit_text_prior, frame_for
-from rtb_rl.tasks.language.prompts import Prompts, story_gaps
+from rtb_rl.tasks.language.prompts import Gap, Prompts, story_gaps
 from rtb_rl.tasks.language.reference import fit_reference
 from rtb_rl.tasks.language.rewards import (
     ContinuationLikelihood,
     TextReward,
+    WordCount,
 )
 from rtb_rl.tasks.language.settings import TextBudget, TextSettings, text_budget
 from rtb_rl.tasks.language.texts import Story, load_texts, split
@@ -29,6 +33,11 @@ from rtb_rl.training.stage import device_for_training
 
 OWN_SHARES = {"test": 0.06, "prior": 0.47, "reward": 0.47}
 GIVEN_SHARES = {"test": 0.06, "prior": 0.94}
+SHARED = (
+    *("data_sha256", "sentences", "hidden", "window", "ends", "byte_pairs", "budget", "levels"),
+    *("prior", "mask", "tokenizer", "prior_seed", "reward", "reward_model", "judge_model"),
+)
+"""What prior, language models and reference depend on."""
 
 
 @dataclass(frozen=True)
@@ -58,39 +67,40 @@ def open_text_job(settings: TextSettings, *, program: str) -> TextJob:
     """
     budget = _budget(settings)
     parts, digest = _stories(settings)
-    hidden = settings.hidden - 1
-    if settings.share is not None and not (settings.share / "results.json").exists():
-        raise InputError(f"{settings.share} holds no finished run of rtb_language; finish it first")
-    root = settings.share or settings.out
+    reward, hidden = named_reward(settings), settings.hidden - 1
+    config = {name: value for name, value in asdict(settings).items() if name != "out"}
+    config |= {"data_sha256": digest, "settings": asdict(budget), "program": program}
+    root = settings.out if settings.share is None else shared(settings.share, config)
     device, seed = device_for_training(), settings.prior_seed
-    foreign = None
-    if settings.prior is not None:
-        foreign = _foreign(settings, budget, parts["prior"])
+    foreign = None if settings.prior is None else _foreign(settings, budget)
     codec = foreign.frame.codec if foreign else _codec(settings, budget, parts["prior"])
-    kept = {name: _short(codec, stories, settings.window) for name, stories in parts.items()}
-    _check_kept(kept, settings)
-    reward = named_reward(settings)
-    given = {name: value for name, value in asdict(settings).items() if name != "out"}
-    facts = {"data_sha256": digest, "settings": asdict(budget), "program": program}
-    run = Run(settings.out, {**given, **facts})
+    kept = _short(codec, parts, settings)
+    frame = frame_for(codec, kept["prior"] + kept["test"], ends=settings.ends)
+    prompts = Prompts.of(frame, story_gaps(kept["prior"], hidden)).to(device)
+    test = Prompts.of(frame, story_gaps(kept["test"][: budget.prompts], hidden)).to(device)
+    model, judge = (
+        None if source is None else _from_elsewhere(source, settings)
+        for source in (settings.reward_model if reward is None else None, settings.judge_model)
+    )
+    if reward is not None:
+        _check_reward(reward, test.gaps[:2])
+    if foreign is not None:
+        foreign = replace(foreign, frame=frame)
+        if settings.lora_rank is not None:  # the names of its layers, which may be wrong
+            text_task(foreign, prompts, WordCount(0), budget.posterior)
+    run = Run(settings.out, config)
 
-    if foreign is None:
-        frame = frame_for(codec, kept["prior"] + kept["test"], ends=settings.ends)
-        prior = fit_text_prior(root / "prior", frame, kept["prior"], budget.prior, seed=seed)
-    else:
-        prior = foreign
+    prior = foreign or fit_text_prior(root / "prior", frame, kept["prior"], budget.prior, seed=seed)
     prior.network.to(device).requires_grad_(False).eval()
-    model = None
     if reward is None:
-        model = _model(
-            root / "reward", settings.reward_model, settings, codec, kept["reward"], budget.reward
+        chosen = budget.reward
+        model = model or fit_language_model(
+            root / "reward", codec, kept["reward"], chosen, seed=seed
         )
         reward = ContinuationLikelihood(model)
-    judge = _model(
-        root / "judge", settings.judge_model, settings, codec, kept["prior"], budget.judge, 1
+    judge = judge or fit_language_model(
+        root / "judge", codec, kept["prior"], budget.judge, seed=seed + 1
     )
-    prompts = Prompts.of(prior.frame, story_gaps(kept["prior"], hidden)).to(device)
-    test = Prompts.of(prior.frame, story_gaps(kept["test"][: budget.prompts], hidden)).to(device)
     problem = GapProblem(prior, test, reward, budget.draws, settings.beta)
     reference = fit_reference(root / "reference", problem, budget.reference_draws, seed=seed)
     return TextJob(settings, budget, run, prior, reward, model, judge, prompts, problem, reference)
@@ -98,6 +108,12 @@ def open_text_job(settings: TextSettings, *, program: str) -> TextJob:
 
 def _budget(settings: TextSettings) -> TextBudget:
     """The budget of that name with what was asked for otherwise."""
+    for name, least in (("levels", 1), ("lora_rank", 1), ("window", 1)):
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise InputError(f"{name} is {value}; give {least} or more")
+    if not 0 < settings.beta < math.inf:
+        raise InputError(f"beta is {settings.beta}; give a positive number")
     budget = text_budget(settings.budget)
     prior = replace(budget.prior, ends=settings.ends)
     if settings.levels is not None:
@@ -133,13 +149,26 @@ def _stories(settings: TextSettings) -> tuple[dict[str, list[Story]], str]:
 
 def _codec(settings: TextSettings, budget: TextBudget, stories: Sequence[Story]) -> TextCodec:
     train = train_byte_codec if settings.byte_pairs else train_word_codec
-    sentences = [sentence for story in stories for sentence in story]
-    return train(sentences, vocabulary=budget.vocabulary)
+    return train([" ".join(story) for story in stories], vocabulary=budget.vocabulary)
 
 
-def _short(codec: TextCodec, stories: Sequence[Story], window: int) -> list[Story]:
-    ids = codec.encode([" ".join(story) for story in stories])
-    return [story for story, row in zip(stories, ids, strict=True) if len(row) <= window]
+def _short(
+    codec: TextCodec, parts: Mapping[str, Sequence[Story]], settings: TextSettings
+) -> dict[str, list[Story]]:
+    """Those that fit into the window; InputError where too few do.
+
+    A model from elsewhere must read the slots of a gap that ends itself within its window as well.
+    """
+    spare = 0
+    if settings.prior is not None and settings.ends:
+        spare = frame_for(codec, [*parts["prior"], *parts["test"]], ends=True).slots
+    kept = {}
+    for name, stories in parts.items():
+        ids = codec.encode([" ".join(story) for story in stories])
+        room = settings.window - spare
+        kept[name] = [one for one, row in zip(stories, ids, strict=True) if len(row) <= room]
+    _check_kept(kept, settings)
+    return kept
 
 
 def _check_kept(kept: Mapping[str, Sequence[Story]], settings: TextSettings) -> None:
@@ -153,14 +182,29 @@ def _check_kept(kept: Mapping[str, Sequence[Story]], settings: TextSettings) -> 
             )
 
 
-def _foreign(settings: TextSettings, budget: TextBudget, stories: Sequence[Story]) -> TextPrior:
+def _check_reward(reward: TextReward, gaps: Sequence[Gap]) -> None:
+    """InputError or NonFiniteError for what is no log-reward of texts that people wrote."""
+    found = reward(gaps)
+    shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    if shape != (len(gaps),):
+        raise InputError(
+            f"the reward returned {shape} for {len(gaps)} texts; return one number a text, shape"
+            f" ({len(gaps)},)"
+        )
+    if bool((found.isnan() | (found == math.inf)).any()):
+        raise NonFiniteError(
+            f"the reward is {found.tolist()} for two texts; return finite log r in nats, or -inf"
+        )
+
+
+def _foreign(settings: TextSettings, budget: TextBudget) -> TextPrior:
     from rtb_rl.tasks.language.foreign import foreign_prior  # transformers takes long to import
 
     assert settings.prior is not None
     return foreign_prior(
         settings.prior,
         levels=budget.prior.levels,
-        slots=settings.window // 2,
+        slots=settings.window,
         window=settings.window,
         ends=settings.ends,
         tokenizer=settings.tokenizer,
@@ -169,19 +213,28 @@ def _foreign(settings: TextSettings, budget: TextBudget, stories: Sequence[Story
     )
 
 
-def _model(
-    directory: Path,
-    source: str | None,
-    settings: TextSettings,
-    codec: TextCodec,
-    stories: Sequence[Story],
-    chosen: LanguageModelSettings,
-    offset: int = 0,
-) -> LanguageModel:
-    """A language model from elsewhere, or one fitted here."""
-    if source is None:
-        seed = settings.prior_seed + offset
-        return fit_language_model(directory, codec, stories, chosen, seed=seed)
+def shared(directory: Path, config: Mapping[str, Any]) -> Path:
+    """The directory of another run, if what it fitted is what this configuration would fit.
+
+    InputError where it is not finished, shares itself, or was told something else.
+    """
+    if not (directory / "results.json").exists():
+        raise InputError(f"{directory} holds no finished run of rtb_language; finish it first")
+    told = json.loads((directory / "config.json").read_text())
+    if told.get("share"):
+        raise InputError(f"{directory} shares what {told['share']} fitted; share that one")
+    wanted = json.loads(json.dumps(config, default=str))
+    for name in SHARED:
+        if told.get(name) != wanted[name]:
+            raise InputError(
+                f"{directory} was run with {name} {told.get(name)!r}, and {wanted[name]!r} is asked"
+                " for; what it fitted is for that: give the same, or leave share out"
+            )
+    return directory
+
+
+def _from_elsewhere(source: str, settings: TextSettings) -> LanguageModel:
+    """A language model of a folder or of the hub."""
     from rtb_rl.tasks.language.foreign import foreign_language_model
 
     model = foreign_language_model(source, trust_remote_code=settings.trust_remote_code)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from rtb_rl.core import Denoiser, MaskedDiffusion, OnDemand, conditions
 from rtb_rl.core.protocols import Condition
@@ -135,8 +135,8 @@ class MarkovWorld:
         )
         return TextPrior(self.frame, network, settings.levels, {})
 
-    def task(self, prior: TextPrior, network: MaskedTransformer) -> Task:
-        """The posterior is `network`, with the right context in view."""
+    def task(self, prior: TextPrior, network: nn.Module) -> Task:
+        """The posterior is `network`, which is given the right context."""
         return Task(
             "markov",
             prior.diffusion,

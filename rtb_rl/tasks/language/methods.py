@@ -40,6 +40,9 @@ CANDIDATES = 8  # of best of N
 SVDD_CANDIDATES = 10  # as published
 ROWS = 16  # prompts whose populations are drawn together
 
+TRAINING_FREE = ("prompt (x)", "prompt (x, y)", f"best of {CANDIDATES}", "SVDD", "FK steering")
+AUTOREGRESSIVE = "autoregressive (x)"
+
 Method = Callable[[Generator], Infills]
 
 
@@ -99,18 +102,19 @@ def training_free(problem: GapProblem, model: LanguageModel | None) -> dict[str,
     left, both = prior.left_only(), prior.both_sides()
     shared = {"denoiser": left, "beta": problem.beta, "clean": drawn_tokens(mask, 2)}
     demanding = {"denoiser": OnDemand(left), "beta": problem.beta}
-    methods: dict[str, Callable[..., Draws]] = {
-        "prompt (x)": partial(plain_draws, denoiser=OnDemand(left)),
-        "prompt (x, y)": partial(plain_draws, denoiser=OnDemand(both)),
-        f"best of {CANDIDATES}": partial(best_of_n, candidates=CANDIDATES, **demanding),
-        "SVDD": partial(svdd, candidates=SVDD_CANDIDATES, **shared),
-        "FK steering": partial(fk_steering, particles=problem.draws, **shared),
-    }
+    methods: tuple[Callable[..., Draws], ...] = (
+        partial(plain_draws, denoiser=OnDemand(left)),
+        partial(plain_draws, denoiser=OnDemand(both)),
+        partial(best_of_n, candidates=CANDIDATES, **demanding),
+        partial(svdd, candidates=SVDD_CANDIDATES, **shared),
+        partial(fk_steering, particles=problem.draws, **shared),
+    )
     found: dict[str, Method] = {
-        name: partial(problem.infills, method) for name, method in methods.items()
+        name: partial(problem.infills, method)
+        for name, method in zip(TRAINING_FREE, methods, strict=True)
     }
     if model is not None:
-        found["autoregressive (x)"] = partial(autoregressive, problem, model)
+        found[AUTOREGRESSIVE] = partial(autoregressive, problem, model)
     return found
 
 

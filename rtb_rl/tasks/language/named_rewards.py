@@ -4,6 +4,7 @@ import importlib
 from typing import Any, cast
 
 from rtb_rl.errors import InputError
+from rtb_rl.tasks.language.metrics import words
 from rtb_rl.tasks.language.rewards import Contains, TextReward, WordCount
 from rtb_rl.tasks.language.settings import TextSettings
 
@@ -22,7 +23,7 @@ def named_reward(settings: TextSettings) -> TextReward | None:
             )
         return None
     if name == "contains" and argument:
-        return Contains(tuple(argument.split(",")))
+        return Contains(tuple(_one_word(part) for part in argument.split(",")))
     if name == "words" and argument.replace(".", "", 1).isdecimal():
         return WordCount(float(argument))
     if "." in name and argument:
@@ -31,6 +32,15 @@ def named_reward(settings: TextSettings) -> TextReward | None:
         f"there is no reward {settings.reward!r}; give story, contains:WORD,WORD, words:NUMBER or"
         " PACKAGE.MODULE:FACTORY"
     )
+
+
+def _one_word(part: str) -> str:
+    found = words(part)
+    if len(found) != 1:
+        raise InputError(
+            f"{part!r} is not one word, so no text contains it; give contains:WORD,WORD"
+        )
+    return found[0]
 
 
 def _imported(module: str, factory: str) -> TextReward:

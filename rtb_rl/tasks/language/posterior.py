@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from rtb_rl.core import OnDemand, Sampler, TokenLogits
-from rtb_rl.tasks.language.denoiser import TextPrior
+from rtb_rl.nn.transformer import GatedTransformer
+from rtb_rl.tasks.language.denoiser import GatedLogits, TextPrior, fading
 from rtb_rl.tasks.language.prompts import Gap, Prompts
 from rtb_rl.tasks.language.rewards import TextReward, token_log_reward
 from rtb_rl.tasks.language.trainers import (
@@ -56,9 +57,8 @@ def text_task(
 ) -> tuple[Task, nn.Module]:
     """The task, and the network that is trained.
 
-    The posterior starts as the prior's network with the right context in view, which the prior is
-    not shown: p(gap | left, right) where p(gap | left) is the prior. Where a gap has no right
-    context that is the prior itself.
+    The posterior starts as the prior, which is not shown the right context; to the posterior it
+    fades in.
     """
     network = copy.deepcopy(prior.network).requires_grad_(settings.lora_rank is None)
     before: nn.Module = prior.left_only()
@@ -70,15 +70,16 @@ def text_task(
         network = copy.deepcopy(prior.network, frozen)
         add_lora(network, rank=settings.lora_rank, targets=targets, generator=generator)
         before = WithoutLora(prior.left_only(network))
+    trained = fading(network, prior.frame.codec.pad)
     task = Task(
         name,
         prior.diffusion,
         OnDemand(before),
-        OnDemand(prior.both_sides(network)),
+        OnDemand(prior.both_sides(trained)),
         token_log_reward(reward, prompts),
         prompts.draw,
     )
-    return task, network
+    return task, trained
 
 
 def fit_text_posterior(
@@ -137,7 +138,7 @@ def fit_text_posterior(
 
 def trunk(network: nn.Module) -> nn.Module:
     """What is evaluated once for each sequence, however its answers are asked for."""
-    while isinstance(network, TokenLogits):
+    while isinstance(network, TokenLogits | GatedTransformer | GatedLogits):
         network = network.network  # type: ignore[assignment]
     return getattr(network, "trunk", network)
 

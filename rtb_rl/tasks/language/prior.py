@@ -62,10 +62,7 @@ class StoryGaps:
     """
 
     def __init__(self, frame: Frame, stories: Sequence[Story]):
-        self.frame = frame
-        joined = [f" {sentence}" for story in stories for sentence in story]
-        ids = iter(frame.codec.encode(joined))
-        self.stories = [[next(ids) for _ in story] for story in stories]
+        self.frame, self.stories = frame, sentence_ids(frame.codec, stories)
 
     def __call__(self, n: int, *, generator: Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """`n` points [n, window] and their conditions."""
@@ -101,10 +98,16 @@ class StoryGaps:
         return left + gap + right, len(left), len(left) + len(gap)
 
 
+def sentence_ids(codec: TextCodec, stories: Sequence[Story]) -> list[list[list[int]]]:
+    """The ids of each sentence of each story as it stands there: after a space, but the first."""
+    parts = [" " * (i > 0) + sentence for story in stories for i, sentence in enumerate(story)]
+    ids = iter(codec.encode(parts))
+    return [[next(ids) for _ in story] for story in stories]
+
+
 def frame_for(codec: TextCodec, stories: Sequence[Story], *, ends: bool) -> Frame:
     """Slots for the longest sentence and a window for the longest story."""
-    ids = iter(codec.encode([f" {sentence}" for story in stories for sentence in story]))
-    lengths = [[len(next(ids)) for _ in story] for story in stories]
+    lengths = [list(map(len, story)) for story in sentence_ids(codec, stories)]
     slots = max(max(story) for story in lengths) + ends
     longest = max(sum(story) for story in lengths)
     return Frame(codec, slots, longest + ends * slots, ends)

@@ -92,7 +92,7 @@ class Prompts:
         """Gaps of the lengths given, in tokens; not given: those of what was there, or of the
         frame. InputError for a text without left context, or longer than the window.
         """
-        known = all(gap.middle is not None for gap in gaps)
+        known = lengths is None and all(gap.middle is not None for gap in gaps)
         points = frame.points([gap.middle or "" for gap in gaps]) if known else None
         if lengths is None and points is None and not frame.ends:
             raise InputError("how long the gap is must be told, in tokens; give a length")

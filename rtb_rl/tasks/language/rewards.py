@@ -10,7 +10,7 @@ from torch import Tensor
 from rtb_rl.core import LogReward
 from rtb_rl.core.protocols import Condition
 from rtb_rl.errors import InputError
-from rtb_rl.tasks.language.language_model import LanguageModel
+from rtb_rl.tasks.language.language_model import ROWS, LanguageModel
 from rtb_rl.tasks.language.metrics import words
 from rtb_rl.tasks.language.prompts import Gap, Prompts
 
@@ -34,7 +34,7 @@ class ContinuationLikelihood:
                 f"{bad.left[:40]!r}... has no right context, and this reward is the likelihood of"
                 " that; give one, or another reward"
             )
-        before = [f"{gap.left} {gap.middle}" for gap in gaps]
+        before = [" ".join(filter(None, (gap.left, gap.middle))) for gap in gaps]
         return self.model.log_prob(before, [gap.right for gap in gaps])
 
 
@@ -49,9 +49,12 @@ class ClassLikelihood:
     @torch.no_grad()
     def __call__(self, gaps: Sequence[Gap]) -> Tensor:
         texts = [" ".join(filter(None, (gap.left, gap.middle, gap.right))) for gap in gaps]
-        told = self.tokenizer(texts, return_tensors="pt", padding=True, truncation=True)
-        logits = self.model(**told.to(self.model.device)).logits
-        return logits.float().log_softmax(-1)[:, self.label].cpu()
+        parts = []
+        for begin in range(0, len(texts), ROWS):
+            rows = texts[begin : begin + ROWS]
+            told = self.tokenizer(rows, return_tensors="pt", padding=True, truncation=True)
+            parts.append(self.model(**told.to(self.model.device)).logits.float().cpu())
+        return torch.cat(parts).log_softmax(-1)[:, self.label]
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,8 @@ def token_log_reward(reward: TextReward, prompts: Prompts) -> LogReward:
 
     def log_reward(x0: Tensor, condition: Condition) -> Tensor:
         assert isinstance(condition, dict)
-        return reward(prompts.written(x0, condition)).to(x0.device)
+        found = reward(prompts.written(x0, condition))
+        return found.to(x0.device) if isinstance(found, Tensor) else found
 
     return log_reward
 

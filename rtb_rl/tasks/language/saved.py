@@ -15,11 +15,11 @@ from rtb_rl.core import OnDemand, Sampler
 from rtb_rl.errors import CheckpointError, InputError
 from rtb_rl.nn.transformer import MaskedTransformer
 from rtb_rl.tasks.language.codec import TextCodec, TokenizersCodec, check_texts
-from rtb_rl.tasks.language.denoiser import TextPrior
+from rtb_rl.tasks.language.denoiser import TextPrior, fading
 from rtb_rl.tasks.language.prompts import Frame, Gap, Prompts
 from rtb_rl.training.checkpoint import replace_file
 from rtb_rl.training.seeding import generator_for
-from rtb_rl.training.stage import WEIGHTS, load_weights
+from rtb_rl.training.stage import WEIGHTS, load_weights, tensors_of
 
 FILE = "infilling.json"
 MERGED = "merged.safetensors"
@@ -34,6 +34,7 @@ class Infiller:
     """
 
     prior: TextPrior
+    network: torch.nn.Module
     lengths: Mapping[int, int]
 
     def infill(
@@ -55,18 +56,22 @@ class Infiller:
             raise InputError(f"{n} texts were asked for; ask for one or more")
         if length is not None and frame.ends:
             raise InputError("this posterior ends a gap by itself; leave the length out")
-        lengths = None if frame.ends else self._lengths(n, length, generator)
+        if length is None and not frame.ends:
+            context = frame.codec.encode([left, f" {right}" if right else ""])
+            lengths = self._lengths(n, frame.window - sum(map(len, context)), generator)
+        else:
+            lengths = None if length is None else [length] * n
         prompts = Prompts.of(frame, [Gap(left, right)] * n, lengths).to(generator.device)
-        denoiser = OnDemand(self.prior.both_sides())
+        denoiser = OnDemand(self.prior.both_sides(self.network))
         x0 = Sampler(self.prior.diffusion, denoiser).sample(
             prompts.condition, 1, generator=generator
         )
         return frame.texts(x0.squeeze(1), prompts.condition)
 
-    def _lengths(self, n: int, length: int | None, generator: Generator) -> list[int]:
-        if length is not None:
-            return [length] * n
+    def _lengths(self, n: int, room: int, generator: Generator) -> list[int]:
+        """Of those that there is room for; the shortest where there is room for none."""
         known = sorted(self.lengths)
+        known = [length for length in known if length <= room] or known[:1]
         weights = torch.tensor([float(self.lengths[one]) for one in known])
         index = weights.to(generator.device).multinomial(n, True, generator=generator)
         return [known[i] for i in index.tolist()]
@@ -89,8 +94,7 @@ def export_infiller(
     if any("lora_" in name for name in network.state_dict()):
         from rtb_rl.adapters.lora import merged
 
-        state = {k: v.cpu().contiguous() for k, v in merged(network).state_dict().items()}
-        replace_file(directory / MERGED, save(state))
+        replace_file(directory / MERGED, save(tensors_of(merged(network))))
     if isinstance(frame.codec, TokenizersCodec):
         frame.codec.save(directory)
     replace_file(directory / FILE, json.dumps(told, indent=2).encode())
@@ -107,12 +111,12 @@ def load_infiller(directory: str | Path) -> Infiller:
             f"{directory} holds no posterior of texts ({FILE}); give the --out of a finished run of"
             " rtb_language"
         )
-    told = json.loads((folder / FILE).read_text())
-    prior = _rebuilt(folder, told)
+    prior, lengths = _rebuilt(folder)
+    network = fading(prior.network, prior.frame.codec.pad)
     weights = MERGED if (folder / MERGED).exists() else WEIGHTS
-    load_weights(folder, prior.network, name=weights)
-    prior.network.requires_grad_(False).eval()
-    return Infiller(prior, {int(length): count for length, count in told["lengths"].items()})
+    load_weights(folder, network, name=weights)
+    network.requires_grad_(False).eval()
+    return Infiller(prior, network, lengths)
 
 
 def infill_gap(
@@ -123,14 +127,16 @@ def infill_gap(
     return infiller.infill(left, right, n, length=length, generator=generator)
 
 
-def _rebuilt(folder: Path, told: Mapping[str, Any]) -> TextPrior:
-    """The prior with other weights."""
-    recipe = dict(told["network"])
+def _rebuilt(folder: Path) -> tuple[TextPrior, dict[int, int]]:
+    """The prior with other weights, and how often gaps of each length were seen."""
     try:
+        told = json.loads((folder / FILE).read_text())
+        lengths = {int(length): int(count) for length, count in told["lengths"].items()}
+        recipe = dict(told["network"])
         if "source" in recipe:
             from rtb_rl.tasks.language.foreign import foreign_prior  # imports transformers
 
-            return foreign_prior(**recipe, levels=told["levels"], **told["frame"])
+            return foreign_prior(**recipe, levels=told["levels"], **told["frame"]), lengths
         codec: TextCodec = TokenizersCodec.load(folder)
         half = recipe.pop("half_precision")
         network = MaskedTransformer(
@@ -140,8 +146,11 @@ def _rebuilt(folder: Path, told: Mapping[str, Any]) -> TextPrior:
             generator=generator_for(0, "rebuilt"),
             **recipe,
         )
-        return TextPrior(Frame(codec, **told["frame"]), network, told["levels"], recipe)
-    except (KeyError, TypeError) as error:
+        frame = Frame(codec, **told["frame"])
+        return TextPrior(frame, network, told["levels"], told["network"]), lengths
+    except InputError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{folder / FILE} is damaged ({error}); run the program that wrote it again"
         ) from error
