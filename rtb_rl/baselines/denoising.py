@@ -61,9 +61,9 @@ class DenoisingSettings:
 class OffsetLogZ(nn.Module):
     """offset + network(x, level, condition): log Z of noisy points, nats, [batch].
 
-    The offset is a learned number that starts at the first mean of beta log r, so that a network
-    that starts near zero fits log Z of any size. Without it, every point drawn would be made
-    unlikely until the network has caught up.
+    The offset is a learned number that starts at the first mean of what the network misses of beta
+    log r, so that log Z of any size is fitted. Without it, every point drawn would be made unlikely
+    until the network has caught up.
     """
 
     def __init__(self, network: nn.Module):
@@ -72,8 +72,9 @@ class OffsetLogZ(nn.Module):
         self.offset = nn.Parameter(torch.zeros(()))
 
     @torch.no_grad()
-    def start_at(self, log_weight: Tensor) -> None:
-        self.offset.copy_(log_weight.mean())
+    def start_at(self, log_weight: Tensor, x: Tensor, level: Tensor, condition: Condition) -> None:
+        """With points and their beta log r, [batch]."""
+        self.offset.copy_((log_weight - self.network(x, level, condition)).mean())
 
     def forward(self, x: Tensor, level: Tensor, condition: Condition) -> Tensor:
         output = self.network(x, level, condition)
@@ -121,10 +122,11 @@ class DenoisingPosterior:
         learner, settings, self.floored = self.learner, self.settings, 0
         if step % settings.refresh == 0:
             self._remember()
-        if step == 0:
-            assert self.replay.log_reward is not None
-            self.log_z.start_at(settings.beta * self.replay.log_reward)
         x0, condition, log_reward = self._points()
+        if step == 0:
+            level = torch.ones(len(x0), dtype=torch.int64, device=x0.device)
+            x = self.diffusion.corrupt(x0, level, generator=learner.generator)
+            self.log_z.start_at(settings.beta * log_reward, x, level, condition)
         learner.begin(step)
         loss = denoising_posterior_loss(
             self.diffusion,

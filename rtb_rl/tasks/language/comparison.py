@@ -1,7 +1,7 @@
 """Methods measured one by one on the same prompts, then a table and stories side by side."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -37,11 +37,7 @@ from rtb_rl.training.checkpoint import replace_file
 from rtb_rl.training.seeding import generator_for
 
 REFERENCE, RTB = "importance resampling", "RTB"
-TRAINED: Mapping[str, tuple[str, MakeTrainer]] = {
-    "DDPP-LB": ("ddpp", denoising_posterior),
-    "supervised": ("supervised", supervised),
-}
-"""Name -> (directory, what makes the trainer)."""
+TRAINED = ("DDPP-LB", "supervised")
 
 
 def check_methods(settings: TextSettings) -> None:
@@ -55,7 +51,9 @@ def check_methods(settings: TextSettings) -> None:
 def fit_rtb(job: TextJob) -> TextPosterior:
     """The posterior of the job in posterior/, with what `rtb-rl infill` needs."""
     make_log_z = network_log_z if job.settings.learned_log_z else group_log_z
-    posterior = _fit(job, "posterior", relative_trajectory_balance(make_log_z))
+    chosen = job.budget.posterior.start
+    start = chosen and denoising_posterior(job.pool, chosen, job.settings.beta)
+    posterior = _fit(job, "posterior", relative_trajectory_balance(make_log_z), start)
     lengths = (job.prompts.condition["free"] >= 0).sum(1).tolist()
     export_infiller(job.run.directory / "posterior", job.prior, posterior.network, lengths)
     return posterior
@@ -99,19 +97,26 @@ def compare(job: TextJob, posterior: TextPosterior) -> dict[str, dict[str, Any]]
 def _methods(job: TextJob, posterior: TextPosterior) -> dict[str, Callable[[Generator], Infills]]:
     free = training_free(job.problem, job.model)
 
-    def fitted(directory: str, maker: MakeTrainer, generator: Generator) -> Infills:
-        found = _fit(job, directory, maker)
-        return trained(job.problem, found, generator, paths=job.budget.paths)
+    ddpp = denoising_posterior(job.pool, job.budget.posterior.denoising, job.settings.beta)
+    measured = partial(trained, job.problem, paths=job.budget.paths)
 
+    def fitted(directory: str, maker: MakeTrainer, before: int, generator: Generator) -> Infills:
+        return measured(_fit(job, directory, maker), generator, calls_before=before)
+
+    given = (job.problem, job.reference, job.reference_calls)
+    pooled = 0 if job.budget.posterior.start is None else job.pool_calls
     return {
-        REFERENCE: lambda generator: weighted_reference(job.problem, job.reference, generator),
+        REFERENCE: partial(weighted_reference, *given),
         **free,
-        **{name: partial(fitted, *how) for name, how in TRAINED.items()},
-        RTB: partial(trained, job.problem, posterior, paths=job.budget.paths),
+        "DDPP-LB": partial(fitted, "ddpp", ddpp, job.pool_calls),
+        "supervised": partial(fitted, "supervised", supervised, 0),
+        RTB: partial(measured, posterior, calls_before=pooled),
     }
 
 
-def _fit(job: TextJob, directory: str, make_trainer: MakeTrainer) -> TextPosterior:
+def _fit(
+    job: TextJob, directory: str, make_trainer: MakeTrainer, start: MakeTrainer | None = None
+) -> TextPosterior:
     return fit_text_posterior(
         job.run.directory / directory,
         job.prior,
@@ -119,6 +124,7 @@ def _fit(job: TextJob, directory: str, make_trainer: MakeTrainer) -> TextPosteri
         job.reward,
         job.budget.posterior,
         make_trainer=make_trainer,
+        start=start,
         told={"reward": job.settings.reward, "learned_log_z": job.settings.learned_log_z},
         seed=job.settings.seed,
     )

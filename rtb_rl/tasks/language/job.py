@@ -57,6 +57,11 @@ class TextJob:
     problem: GapProblem
     """What every method is compared on."""
     reference: ImportanceReference
+    """Prior draws of what every method is compared on."""
+    reference_calls: int
+    pool: ImportanceReference
+    """Prior draws of what the posterior is trained on."""
+    pool_calls: int
 
 
 def open_text_job(settings: TextSettings, *, program: str) -> TextJob:
@@ -103,7 +108,11 @@ def open_text_job(settings: TextSettings, *, program: str) -> TextJob:
     )
     problem = GapProblem(prior, test, reward, budget.draws, settings.beta)
     reference = fit_reference(root / "reference", problem, budget.reference_draws, seed=seed)
-    return TextJob(settings, budget, run, prior, reward, model, judge, prompts, problem, reference)
+    seen = replace(problem, prompts=prompts)
+    pool, calls = fit_reference(root / "pool", seen, budget.pool_draws, seed=seed)
+    prompts = prompts.with_baseline(pool.log_weight.mean(1))
+    found = (run, prior, reward, model, judge, prompts, problem, *reference, pool, calls)
+    return TextJob(settings, budget, *found)
 
 
 def _budget(settings: TextSettings) -> TextBudget:
@@ -121,6 +130,7 @@ def _budget(settings: TextSettings) -> TextBudget:
     posterior = replace(
         budget.posterior,
         finetune=replace(budget.posterior.finetune, beta=settings.beta),
+        start=budget.posterior.start and replace(budget.posterior.start, beta=settings.beta),
         denoising=replace(budget.posterior.denoising, beta=settings.beta),
         lora_rank=settings.lora_rank,
     )

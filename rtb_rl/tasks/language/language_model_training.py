@@ -33,7 +33,7 @@ class LanguageModelSettings:
     width: int = 128
     depth: int = 4
     heads: int = 4
-    steps: int = 1000
+    steps: int = 500
     batch: int = 64
     learning_rate: float = 2e-3
     weight_decay: float = 0.1

@@ -53,14 +53,18 @@ class ContextValue(nn.Module):
 
 
 class NoisyContextValue(nn.Module):
-    """`ContextValue` of what is revealed, as DDPP-LB asks for it: (x, level, condition)."""
+    """`ContextValue` of what is revealed, as DDPP-LB asks for it: (x, level, condition).
+
+    Added to the condition's "baseline", where it has one.
+    """
 
     def __init__(self, frame: Frame, *, generator: Generator):
         super().__init__()
         self.value = ContextValue(frame, generator=generator)
 
     def forward(self, x: Tensor, level: Tensor, condition: Condition) -> Tensor:
-        return self.value(condition, x)
+        assert isinstance(condition, dict)
+        return self.value(condition, x) + condition.get("baseline", 0.0)
 
 
 def group_log_z(frame: Frame, settings: FinetuneSettings, *, generator: Generator) -> LearnedLogZ:

@@ -1,7 +1,7 @@
 """Ways to fill a gap: without training, by importance weights, and with a trained posterior."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -146,23 +146,28 @@ def autoregressive(problem: GapProblem, model: LanguageModel, generator: Generat
 
 
 def weighted_reference(
-    problem: GapProblem, reference: ImportanceReference, generator: Generator
+    problem: GapProblem, reference: ImportanceReference, calls: int, generator: Generator
 ) -> Infills:
-    """Prior draws by weight: the truth to compare with."""
+    """Prior draws by weight, which took so many network calls: the truth to compare with."""
     begun = time.monotonic()
     x0 = reference.resample(problem.draws, generator=generator)
-    count = reference.log_weight.shape[1]
-    seconds = (time.monotonic() - begun) / (len(x0) * problem.draws)
-    calls = count * problem.prior.levels / problem.draws
-    return Infills(problem.written(x0), calls, seconds, reference.log_z, reference.ess)
+    texts = len(x0) * problem.draws
+    seconds = (time.monotonic() - begun) / texts
+    return Infills(problem.written(x0), calls / texts, seconds, reference.log_z, reference.ess)
 
 
 def trained(
-    problem: GapProblem, posterior: TextPosterior, generator: Generator, *, paths: int
+    problem: GapProblem,
+    posterior: TextPosterior,
+    generator: Generator,
+    *,
+    paths: int,
+    calls_before: int = 0,
 ) -> Infills:
     """Draws of a posterior; log Z, ELBO and effective sample size by `paths` more of each prompt.
 
-    Calls are those of a draw: the rows of the posterior's network that were evaluated.
+    Calls are those of a draw: the rows of the posterior's network that were evaluated. To those of
+    training `calls_before` are added.
     """
     draw = partial(plain_draws, denoiser=posterior.sampler.denoiser)
     drawn = problem.infills(draw, generator)
@@ -179,7 +184,8 @@ def trained(
         importance_log_z(weights)[0],
         effective_sample_size(weights),
         elbo(weights),
-        **spent(posterior.results),
+        training_calls=calls_before + posterior.results["network_calls"],
+        training_seconds=posterior.results["seconds"],
     )
 
 
@@ -197,11 +203,3 @@ def path_weights(
     )
     log_reward = problem.log_reward(path.x0, each)
     return log_weight(log_reward, ratio, problem.beta).double().reshape(rows, paths)
-
-
-def spent(results: Mapping[str, Any]) -> dict[str, Any]:
-    """What training cost."""
-    return {
-        "training_calls": results.get("network_calls", 0),
-        "training_seconds": results.get("seconds", 0.0),
-    }

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,50 +91,76 @@ def fit_text_posterior(
     settings: TextPosteriorSettings | None = None,
     *,
     make_trainer: MakeTrainer | None = None,
+    start: MakeTrainer | None = None,
     told: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> TextPosterior:
     """A posterior of the gaps of these prompts, trained in this directory or loaded from it.
 
-    `told`: what else the directory belongs to, such as the name of the reward. Raises InputError
-    for a reward that does not return one number a text, NonFiniteError for NaN, before anything is
-    written.
+    `make_trainer`: trajectory balance unless given. `start`: what trains it before that, in start/;
+    not given: nothing, it begins as the prior. `told`: what else the directory belongs to, such as
+    the name of the reward. Raises InputError for a reward that does not return one number a text,
+    NonFiniteError for NaN, before anything is written.
     """
     settings = settings or TextPosteriorSettings()
-    make_trainer = make_trainer or relative_trajectory_balance()
+    main = make_trainer or relative_trajectory_balance()
     task, network = text_task(prior, prompts, reward, settings, seed=seed)
-    device = next(network.parameters()).device
-    _check_reward(task, seed, device)
+    _check_reward(task, seed, next(network.parameters()).device)
     config = {"posterior": asdict(settings), "seed": seed, "prior": fingerprint(prior.network)}
     run = Run(directory, {**config, "gaps": len(prompts.gaps), **(told or {})})
 
+    fitted = partial(_fit, prior, task, network, prompts, settings, seed)
+
     def fit() -> dict[str, Any]:
-        generator = generator_for(seed, "text posterior", device=device)
-        trainer, updates = make_trainer(task, prompts, settings, generator)
-        calls = NetworkCalls({trunk(prior.network), trunk(network)})
-
-        def observe(step: int) -> None:
-            if step % settings.text_every == 0:
-                spent = calls.total
-                log_infills(run, step, task, prompts, seed=seed)
-                calls.total = spent
-
-        seconds = train(
-            run,
-            trainer.update,
-            {**trainer.parts, "network_calls": calls},
-            steps=updates,
-            description="posterior",
-            log_every=settings.log_every,
-            checkpoint_every=5 * settings.log_every,
-            observe=observe,
-        )
-        calls.stop()
-        task.posterior.load_state_dict(trainer.average.module.state_dict())
-        return {"seconds": seconds, "network_calls": calls.total}
+        if start is None:
+            return fitted(run, main)
+        trained = [p for p in network.parameters() if p.requires_grad]
+        first, part = run.stage("start", config), TrainedState(network)
+        complete(first, network, partial(fitted, first, start), part=part)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        before, after = first.results or {}, fitted(run, main)
+        return {name: after[name] + before[name] for name in after}
 
     complete(run, network, fit, part=TrainedState(network))
     return TextPosterior(prior, task, network, run.results or {})
+
+
+def _fit(
+    prior: TextPrior,
+    task: Task,
+    network: nn.Module,
+    prompts: Prompts,
+    settings: TextPosteriorSettings,
+    seed: int,
+    run: Run,
+    make_trainer: MakeTrainer,
+) -> dict[str, Any]:
+    """Train the posterior and give it the averaged weights; what that cost."""
+    device = next(network.parameters()).device
+    generator = generator_for(seed, "text posterior", device=device)
+    trainer, updates = make_trainer(task, prompts, settings, generator)
+    calls = NetworkCalls({trunk(prior.network), trunk(network)})
+
+    def observe(step: int) -> None:
+        if step % settings.text_every == 0:
+            spent = calls.total
+            log_infills(run, step, task, prompts, seed=seed)
+            calls.total = spent
+
+    seconds = train(
+        run,
+        trainer.update,
+        {**trainer.parts, "network_calls": calls},
+        steps=updates,
+        description=run.directory.name,
+        log_every=settings.log_every,
+        checkpoint_every=5 * settings.log_every,
+        observe=observe,
+    )
+    calls.stop()
+    task.posterior.load_state_dict(trainer.average.module.state_dict())
+    return {"seconds": seconds, "network_calls": calls.total}
 
 
 def trunk(network: nn.Module) -> nn.Module:

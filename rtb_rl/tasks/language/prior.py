@@ -50,7 +50,7 @@ class TextPriorSettings:
     half_precision: bool = False
     """Evaluate the network's blocks in bfloat16."""
     pretrain: PretrainSettings = field(
-        default_factory=lambda: PretrainSettings(steps=3000, batch=64, learning_rate=2e-3)
+        default_factory=lambda: PretrainSettings(steps=2000, batch=64, learning_rate=3e-3)
     )
 
 

@@ -5,7 +5,7 @@ that was there, or always the same number, of which the last are filled with the
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -112,6 +112,11 @@ class Prompts:
         assert isinstance(condition, dict)
         x0 = None if self.x0 is None else self.x0.to(device)
         return Prompts(self.frame, self.gaps, condition, x0)
+
+    def with_baseline(self, log_weight: Tensor) -> "Prompts":
+        """The same with a guess of log Z of each, [n], as "baseline" of the condition."""
+        baseline = log_weight.float().to(self.condition["tokens"].device)
+        return replace(self, condition={**self.condition, "baseline": baseline})
 
     def draw(self, n: int, *, generator: Generator) -> tuple[dict[str, Tensor], None]:
         """`n` conditions, uniformly with replacement; what was there may not be drawable."""

@@ -8,7 +8,9 @@ from safetensors.torch import load, save
 from rtb_rl.baselines import ImportanceReference, importance_reference
 from rtb_rl.core import OnDemand
 from rtb_rl.tasks.language.methods import ROWS, GapProblem
+from rtb_rl.tasks.language.posterior import trunk
 from rtb_rl.tasks.language.rewards import token_log_reward
+from rtb_rl.training.calls import NetworkCalls
 from rtb_rl.training.checkpoint import replace_file
 from rtb_rl.training.progress import progress
 from rtb_rl.training.run import Run
@@ -17,15 +19,18 @@ from rtb_rl.training.seeding import generator_for
 
 def fit_reference(
     directory: Path, problem: GapProblem, count: int, *, seed: int
-) -> ImportanceReference:
-    """`count` prior draws of every prompt with their log-rewards, made here or read again."""
+) -> tuple[ImportanceReference, int]:
+    """`count` prior draws of every prompt with their log-rewards, made here or read again; and the
+    network calls that they took.
+    """
     run = Run(directory, {"count": count, "seed": seed, "prompts": len(problem.prompts.gaps)})
     path = directory / "draws.safetensors"
     device = problem.prompts.condition["tokens"].device
     if run.results is None:
+        calls = NetworkCalls({trunk(problem.prior.network)})
         generator = generator_for(seed, "reference", device=device)
         rows, parts = len(problem.prompts.gaps), []
-        with progress("reference", rows) as show:
+        with progress(directory.name, -(-rows // ROWS)) as show:
             for begin in range(0, rows, ROWS):
                 inside = slice(begin, begin + ROWS)
                 condition = {k: v[inside] for k, v in problem.prompts.condition.items()}
@@ -39,13 +44,15 @@ def fit_reference(
                         generator=generator,
                     )
                 )
-                show(min(begin + ROWS, rows), "")
+                show(len(parts), "")
         tensors = {
             "x0": torch.cat([part.x0 for part in parts]).cpu(),
             "log_reward": torch.cat([part.log_weight for part in parts]).cpu(),
         }
         replace_file(path, save(tensors))
-        run.finish({"draws": count * rows})
+        calls.stop()
+        run.finish({"draws": count * rows, "network_calls": calls.total})
     tensors = load(path.read_bytes())
     weight = problem.beta * tensors["log_reward"]
-    return ImportanceReference(tensors["x0"].to(device), weight.to(device))
+    made = ImportanceReference(tensors["x0"].to(device), weight.to(device))
+    return made, (run.results or {})["network_calls"]

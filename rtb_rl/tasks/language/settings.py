@@ -4,7 +4,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from rtb_rl.baselines import DenoisingSettings
 from rtb_rl.tasks.language.language_model_training import LanguageModelSettings
 from rtb_rl.tasks.language.prior import TextPriorSettings
 from rtb_rl.tasks.language.trainers import TextPosteriorSettings
@@ -83,16 +82,18 @@ class TextBudget:
         default_factory=lambda: LanguageModelSettings(half_precision=True)
     )
     judge: LanguageModelSettings = field(
-        default_factory=lambda: LanguageModelSettings(half_precision=True, width=192)
+        default_factory=lambda: LanguageModelSettings(half_precision=True, width=160, heads=5)
     )
     posterior: TextPosteriorSettings = field(default_factory=TextPosteriorSettings)
     prompts: int = 100
     """Stories that are held out, for the comparison."""
     reference_draws: int = 512
     """Prior draws of each of these."""
-    draws: int = 8
-    """Texts of each method for each of these."""
-    paths: int = 128
+    pool_draws: int = 4
+    """Prior draws of each story that the posterior is trained on."""
+    draws: int = 4
+    """Texts of each method for each of these held out."""
+    paths: int = 64
     """Posterior paths of each, for log Z."""
 
 
@@ -122,6 +123,7 @@ def _demo() -> TextBudget:
 def _smoke() -> TextBudget:
     tiny = LanguageModelSettings(width=16, depth=1, heads=2, steps=6, batch=8, choose_every=3)
     posterior = TextPosteriorSettings()
+    few = replace(posterior.denoising, updates=4, conditions=4, refresh=2)
     return TextBudget(
         vocabulary=300,
         prior=TextPriorSettings(
@@ -137,9 +139,8 @@ def _smoke() -> TextBudget:
             posterior,
             finetune=replace(posterior.finetune, updates=4, conditions=4),
             supervised=replace(posterior.supervised, steps=4, batch=8),
-            denoising=DenoisingSettings(
-                updates=4, conditions=4, paths=4, refresh=2, replay_capacity=64
-            ),
+            start=replace(few, refresh=4),
+            denoising=few,
             log_every=2,
             text_every=2,
         ),

@@ -6,7 +6,8 @@ from typing import Any, Protocol
 
 from torch import Generator, Tensor
 
-from rtb_rl.baselines import DenoisingPosterior, DenoisingSettings
+from rtb_rl.baselines import DenoisingPosterior, DenoisingSettings, ImportanceReference
+from rtb_rl.core import conditions
 from rtb_rl.tasks.language.log_z import NoisyContextValue, group_log_z
 from rtb_rl.tasks.language.prompts import Frame, Prompts
 from rtb_rl.training.checkpoint import Stateful
@@ -26,12 +27,13 @@ class TextPosteriorSettings:
 
     finetune: FinetuneSettings = field(
         default_factory=lambda: FinetuneSettings(
-            updates=300,
+            updates=200,
             beta_warmup=1,
             conditions=16,
             mix=Mix(on_policy=8, data=0),
             levels_per_path=None,
-            learning_rate=3e-4,
+            chunk=512,
+            learning_rate=5e-4,
             last_learning_rate=0.05,
             average_decay=0.98,
         )
@@ -42,8 +44,34 @@ class TextPosteriorSettings:
         )
     )
     """Of supervised fine-tuning, a baseline."""
-    denoising: DenoisingSettings = field(default_factory=DenoisingSettings)
-    """Of DDPP-LB, a baseline."""
+    start: DenoisingSettings | None = field(
+        default_factory=lambda: DenoisingSettings(
+            updates=400,
+            conditions=64,
+            paths=4,
+            data=0,
+            refresh=100,
+            learning_rate=5e-4,
+            last_learning_rate=0.05,
+            average_decay=0.98,
+            replay_capacity=100_000,
+        )
+    )
+    """Of the short training by DDPP-LB from which trajectory balance starts; None: the prior."""
+    denoising: DenoisingSettings = field(
+        default_factory=lambda: DenoisingSettings(
+            updates=1500,
+            conditions=64,
+            paths=4,
+            data=0,
+            refresh=20,
+            learning_rate=5e-4,
+            last_learning_rate=0.05,
+            average_decay=0.98,
+            replay_capacity=100_000,
+        )
+    )
+    """Of DDPP-LB alone, a baseline."""
     lora_rank: int | None = None
     """Adapters of this rank instead of a copy of all weights."""
     lora_targets: tuple[str, ...] = LORA_TARGETS
@@ -103,9 +131,22 @@ def supervised(
 
 
 def denoising_posterior(
-    task: Task, prompts: Prompts, settings: TextPosteriorSettings, generator: Generator
-) -> tuple[Trainer, int]:
-    """DDPP-LB (arXiv 2410.08134)."""
-    log_z = NoisyContextValue(prompts.frame, generator=generator)
-    trainer = DenoisingPosterior(task, log_z, settings.denoising, generator=generator)
-    return trainer, settings.denoising.updates
+    pool: ImportanceReference, chosen: DenoisingSettings, beta: float
+) -> MakeTrainer:
+    """DDPP-LB (arXiv 2410.08134), whose memory begins with prior draws of every gap.
+
+    `pool`: draws [gaps, n, slots] with beta log r.
+    """
+
+    def trainer(
+        task: Task, prompts: Prompts, settings: TextPosteriorSettings, generator: Generator
+    ) -> tuple[Trainer, int]:
+        log_z = NoisyContextValue(prompts.frame, generator=generator)
+        made = DenoisingPosterior(task, log_z, chosen, generator=generator)
+        times = pool.x0.shape[1]
+        log_reward = (pool.log_weight / beta).float().flatten()
+        each = conditions.repeat(prompts.condition, times)
+        made.replay.add(pool.x0.flatten(0, 1), each, log_reward)
+        return made, chosen.updates
+
+    return trainer
