@@ -111,7 +111,7 @@ def test_log_z_starts_at_the_mean_reward():
             (task.posterior.correction.detach().clone(), float(trainer.log_z.offset.detach()))
         )
     torch.testing.assert_close(moved[0][0], moved[1][0], rtol=1e-3, atol=1e-6)
-    assert moved[0][1] - moved[1][1] == pytest.approx(600, abs=1e-3)
+    assert moved[0][1] - moved[1][1] == pytest.approx(600, abs=1e-2)
 
 
 class OfCondition(nn.Module):

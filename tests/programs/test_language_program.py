@@ -86,7 +86,10 @@ def test_a_run_leaves_a_row_of_every_method(whole):
     }
     for name in trained:
         assert rows[name]["elbo"] <= rows[name]["log_z"] and 0.25 <= rows[name]["ess"] <= 1
-    calls = json.loads((whole / "posterior" / "results.json").read_text())["network_calls"]
+    stages = [
+        json.loads((whole / name / "results.json").read_text()) for name in ("posterior", "pool")
+    ]
+    calls = sum(stage["network_calls"] for stage in stages)
     assert rows["RTB"]["training_calls"] == calls
 
 

@@ -52,7 +52,7 @@ def fit_rtb(job: TextJob) -> TextPosterior:
     """The posterior of the job in posterior/, with what `rtb-rl infill` needs."""
     make_log_z = network_log_z if job.settings.learned_log_z else group_log_z
     chosen = job.budget.posterior.start
-    start = chosen and denoising_posterior(job.pool, chosen, job.settings.beta)
+    start = chosen and denoising_posterior(chosen, job.pool)
     posterior = _fit(job, "posterior", relative_trajectory_balance(make_log_z), start)
     lengths = (job.prompts.condition["free"] >= 0).sum(1).tolist()
     export_infiller(job.run.directory / "posterior", job.prior, posterior.network, lengths)
@@ -97,7 +97,7 @@ def compare(job: TextJob, posterior: TextPosterior) -> dict[str, dict[str, Any]]
 def _methods(job: TextJob, posterior: TextPosterior) -> dict[str, Callable[[Generator], Infills]]:
     free = training_free(job.problem, job.model)
 
-    ddpp = denoising_posterior(job.pool, job.budget.posterior.denoising, job.settings.beta)
+    ddpp = denoising_posterior(job.budget.posterior.denoising, job.pool)
     measured = partial(trained, job.problem, paths=job.budget.paths)
 
     def fitted(directory: str, maker: MakeTrainer, before: int, generator: Generator) -> Infills:

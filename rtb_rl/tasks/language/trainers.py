@@ -27,7 +27,7 @@ class TextPosteriorSettings:
 
     finetune: FinetuneSettings = field(
         default_factory=lambda: FinetuneSettings(
-            updates=200,
+            updates=150,
             beta_warmup=1,
             conditions=16,
             mix=Mix(on_policy=8, data=0),
@@ -46,7 +46,7 @@ class TextPosteriorSettings:
     """Of supervised fine-tuning, a baseline."""
     start: DenoisingSettings | None = field(
         default_factory=lambda: DenoisingSettings(
-            updates=400,
+            updates=300,
             conditions=64,
             paths=4,
             data=0,
@@ -60,7 +60,7 @@ class TextPosteriorSettings:
     """Of the short training by DDPP-LB from which trajectory balance starts; None: the prior."""
     denoising: DenoisingSettings = field(
         default_factory=lambda: DenoisingSettings(
-            updates=1500,
+            updates=800,
             conditions=64,
             paths=4,
             data=0,
@@ -131,11 +131,11 @@ def supervised(
 
 
 def denoising_posterior(
-    pool: ImportanceReference, chosen: DenoisingSettings, beta: float
+    chosen: DenoisingSettings, pool: ImportanceReference | None = None
 ) -> MakeTrainer:
-    """DDPP-LB (arXiv 2410.08134), whose memory begins with prior draws of every gap.
+    """DDPP-LB (arXiv 2410.08134).
 
-    `pool`: draws [gaps, n, slots] with beta log r.
+    `pool`: prior draws of every gap [gaps, n, slots] with beta log r, which its memory begins with.
     """
 
     def trainer(
@@ -143,10 +143,10 @@ def denoising_posterior(
     ) -> tuple[Trainer, int]:
         log_z = NoisyContextValue(prompts.frame, generator=generator)
         made = DenoisingPosterior(task, log_z, chosen, generator=generator)
-        times = pool.x0.shape[1]
-        log_reward = (pool.log_weight / beta).float().flatten()
-        each = conditions.repeat(prompts.condition, times)
-        made.replay.add(pool.x0.flatten(0, 1), each, log_reward)
+        if pool is not None:
+            log_reward = (pool.log_weight / chosen.beta).float().flatten()
+            each = conditions.repeat(prompts.condition, pool.x0.shape[1])
+            made.replay.add(pool.x0.flatten(0, 1), each, log_reward)
         return made, chosen.updates
 
     return trainer

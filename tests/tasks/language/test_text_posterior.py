@@ -11,6 +11,7 @@ from hub_models import save_bert
 from safetensors.torch import load_file
 from torch import Generator, Tensor, nn
 
+from rtb_rl.baselines import ImportanceReference
 from rtb_rl.core import OnDemand, elbo, importance_log_z, log_weight, rollout_against
 from rtb_rl.errors import InputError
 from rtb_rl.nn.transformer import MaskedTransformer
@@ -245,11 +246,52 @@ def fit(directory, make: MakeTrainer | None = None, *, prior=None, gaps=GAPS, **
 
 def test_denoising_posterior_prediction_raises_the_bound(tmp_path):
     prior, prompts = new_prior(), Prompts.of(FRAME, GAPS)
-    found = fit(tmp_path / "ddpp", denoising_posterior)
+    found = fit(tmp_path / "ddpp", denoising_posterior(SETTINGS.denoising))
     task, network = text_task(prior, prompts, reward, SETTINGS)
     start = weights(replace(found, task=task, network=network), prior, prompts, 100)
     end = weights(found, prior, prompts, 100)
     assert float(elbo(end).mean()) > float(elbo(start).mean()) + 0.1
+
+
+def test_log_z_of_denoising_posteriors_begins_at_the_baseline(tmp_path):
+    """Gaps whose rewards differ by hundreds of nats: a guess for each, from prior draws, is met."""
+    prior = new_prior()
+    prompts = Prompts.of(FRAME, GAPS)
+    levels = torch.arange(len(GAPS)) * 100.0
+    far = Prompts.of(FRAME, GAPS).with_baseline(levels)
+    x0 = torch.zeros((len(GAPS), 3, FRAME.slots), dtype=torch.int64) + IDS[0]
+    pool = ImportanceReference(x0, levels.double()[:, None].expand(-1, 3))
+    settings = replace(SETTINGS.denoising, updates=1, refresh=1000)
+    losses = []
+    for given in (prompts, far):
+        task, _ = text_task(prior, given, lambda gaps: torch.zeros(len(gaps)), SETTINGS)
+        maker = denoising_posterior(settings, pool)
+        trainer, _ = maker(task, given, SETTINGS, seeded())
+        trainer.replay.load_state_dict(trainer.replay.state_dict())  # of the pool alone
+        trainer._remember = lambda: None
+        losses.append(float(trainer.update(0)["ddpp/loss"]))
+    assert losses[1] < 1 < losses[0] / 100
+
+
+def test_a_start_comes_first_and_is_kept(tmp_path):
+    """RTB goes on from what the start left, and what both cost is added up."""
+    prior, prompts = new_prior(), Prompts.of(FRAME, GAPS)
+    started = denoising_posterior(SETTINGS.denoising)
+    given = (tmp_path / "both", prior, prompts, reward, SETTINGS)
+    both = fit_text_posterior(*given, start=started)
+    stage = json.loads((tmp_path / "both" / "start" / "results.json").read_text())
+    alone = fit_text_posterior(tmp_path / "alone", *given[1:])
+    assert (
+        both.results["network_calls"]
+        > alone.results["network_calls"] + 0.5 * stage["network_calls"]
+    )
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(both.network.parameters(), alone.network.parameters(), strict=True)
+    )
+    (tmp_path / "both" / "results.json").unlink()
+    again = fit_text_posterior(*given, start=started)
+    assert fingerprint(again.network) == fingerprint(both.network)
 
 
 def test_supervised_training_learns_what_was_there(tmp_path):
@@ -273,7 +315,7 @@ def test_supervised_training_learns_what_was_there(tmp_path):
         assert least <= float(share) < most
 
 
-@pytest.mark.parametrize("make", [None, supervised, denoising_posterior])
+@pytest.mark.parametrize("make", [None, supervised, denoising_posterior(SETTINGS.denoising)])
 def test_adapters_train_alone(make, tmp_path):
     """The prior stays as it is, to the last bit, and its weights are not copied."""
     prior = new_prior()
