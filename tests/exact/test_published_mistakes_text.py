@@ -1,9 +1,10 @@
 """Where the code published with arXiv 2405.20971 departs from the paper: text.
 
-Rows 7 and 9-11 of the list that test_published_mistakes.py begins.
+Rows 7 to 11 of the list that test_published_mistakes.py begins.
 """
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from rtb_rl.core import (
     rollout,
 )
 from rtb_rl.core.protocols import Condition
+from rtb_rl.tasks.language import ContinuationLikelihood, Gap, LanguageModel, train_word_codec
 from rtb_rl.tasks.toy import TokenSpace, terminal_law
 
 
@@ -55,6 +57,39 @@ def published_reveal_probability(schedule: MaskingSchedule) -> Tensor:
     kept = 1 - (1 - 1e-3) * torch.linspace(0, 1, schedule.levels + 1, dtype=torch.float64)
     weight = kept[1:] / (1 - kept[1:]) * (1 - kept[1:] / kept[:-1])
     return torch.cat([torch.zeros(1, dtype=torch.float64), weight / (1 + weight)])
+
+
+class Bigrams(nn.Module):
+    """p(next token | token), a table, as a causal network."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(size, size, generator=seeded(2)).log_softmax(-1))
+
+    def at(self, tokens: Tensor, row: Tensor, place: Tensor) -> Tensor:
+        return self.table[tokens[row, place]]
+
+
+def test_row_08_what_follows_is_scored(catches):
+    """Text reward: the last len(y) tokens of left context and gap are scored, y never is."""
+    codec = train_word_codec(["a b c"], 7)
+    network = Bigrams(codec.vocabulary)
+    likelihood = ContinuationLikelihood(LanguageModel(network, codec))
+    gap = Gap("a b", "c a", "b c")
+
+    def reward_is_that_of_y_given_the_gap():
+        a, c = (codec.encode([word])[0][0] for word in "ac")
+        expected = network.table[c, c] + network.table[c, a]  # after the gap's last word, c
+        torch.testing.assert_close(likelihood([gap]), expected.detach().reshape(1))
+
+    def published(self: ContinuationLikelihood, gaps: Sequence[Gap]) -> Tensor:
+        split = [f"{one.left} {one.middle}".split() for one in gaps]
+        count = [len(one.right.split()) for one in gaps]
+        before = [" ".join(words[:-n]) for words, n in zip(split, count, strict=True)]
+        scored = [" ".join(words[-n:]) for words, n in zip(split, count, strict=True)]
+        return self.model.log_prob(before, scored)
+
+    catches(reward_is_that_of_y_given_the_gap, ContinuationLikelihood, "__call__", published)
 
 
 def masks_left() -> list[float]:
