@@ -32,6 +32,7 @@ from rtb_rl.training.run import Run
 from rtb_rl.training.stage import device_for_training
 
 OWN_SHARES = {"test": 0.06, "prior": 0.47, "reward": 0.47}
+FREE = ("out", "methods")  # what a run may be continued with
 GIVEN_SHARES = {"test": 0.06, "prior": 0.94}
 SHARED = (
     *("data_sha256", "sentences", "hidden", "window", "ends", "byte_pairs", "budget", "levels"),
@@ -73,7 +74,7 @@ def open_text_job(settings: TextSettings, *, program: str) -> TextJob:
     budget = _budget(settings)
     parts, digest = _stories(settings)
     reward, hidden = named_reward(settings), settings.hidden - 1
-    config = {name: value for name, value in asdict(settings).items() if name != "out"}
+    config = {name: value for name, value in asdict(settings).items() if name not in FREE}
     config |= {"data_sha256": digest, "settings": asdict(budget), "program": program}
     root = settings.out if settings.share is None else shared(settings.share, config)
     device, seed = device_for_training(), settings.prior_seed

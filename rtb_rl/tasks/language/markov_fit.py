@@ -9,12 +9,9 @@ from torch import Generator, Tensor, nn
 
 from rtb_rl.core import (
     GroupMeanLogZ,
-    IndependentReveals,
-    MaskedDiffusion,
     OnDemand,
     conditions,
     importance_log_z,
-    linear_masking,
     log_weight,
     rollout_against,
 )
@@ -38,9 +35,7 @@ def fit_world_prior(
 
     def fit() -> dict[str, Any]:
         denoiser = OnDemand(prior.both_sides())
-        reveals = IndependentReveals(linear_masking(settings.levels), world.window)
-        whole = MaskedDiffusion(world.window, world.frame.codec.mask, reveals)
-        given = (whole, denoiser, world.examples, settings.pretrain)
+        given = (prior.diffusion, denoiser, world.examples, settings.pretrain)
         trainer = Pretrainer(*given, generator=generator)
         return {"seconds": fit_average(stage, trainer, settings.pretrain.steps, denoiser)}
 

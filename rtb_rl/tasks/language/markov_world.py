@@ -42,11 +42,11 @@ class WorldSettings:
     width: int = 64
     depth: int = 2
     pretrain: PretrainSettings = field(
-        default_factory=lambda: PretrainSettings(steps=4000, batch=128, learning_rate=3e-3)
+        default_factory=lambda: PretrainSettings(steps=6000, batch=256, learning_rate=3e-3)
     )
     finetune: FinetuneSettings = field(
         default_factory=lambda: FinetuneSettings(
-            updates=300,
+            updates=150,
             beta_warmup=1,
             conditions=32,
             mix=Mix(on_policy=8, data=0),
@@ -83,21 +83,16 @@ class MarkovWorld:
         return self.conditions(self.chain.sample(n, self.window, generator=generator)), None
 
     def examples(self, n: int, *, generator: Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Points [n, window] with conditions, for pretraining.
+        """Points [n, gap] with conditions, for pretraining.
 
-        Every token is free in half of them; in a quarter each the gap is, with and without what is
-        to the right of it.
+        The gap is free; what is to the right of it is there or, every second time, cut off.
         """
         tokens = self.chain.sample(n, self.window, generator=generator) + 1
-        kind = torch.rand((n, 1), generator=generator, device=tokens.device)
-        column = torch.arange(self.window, device=tokens.device)
-        inside = (column >= self.left) & (column < self.left + self.gap)
-        free = torch.where(kind < 0.5, True, inside)
-        cut = (kind >= 0.75) & (column >= self.left + self.gap)
-        order = torch.where(free, column, self.window).sort(1).values  # free places first
-        places = torch.where(order < self.window, order, -1)
-        x0 = torch.where(places >= 0, tokens.gather(1, places.clamp(min=0)), 0)
-        return x0, {"tokens": tokens.masked_fill(cut, 0), "free": places}
+        given = self.conditions(tokens - 1)
+        cut = torch.rand((n, 1), generator=generator, device=tokens.device) < 0.5
+        shown = given["tokens"].masked_fill(cut & given["right"], self.frame.codec.pad)
+        x0 = tokens[:, self.left : self.left + self.gap]
+        return x0, {"tokens": shown, "free": given["free"]}
 
     def conditions(self, sequences: Tensor) -> dict[str, Tensor]:
         """Those of whole sequences [n, window], without their middles."""

@@ -100,22 +100,22 @@ def test_the_truth_is_that_of_enumeration():
             torch.testing.assert_close(marginals[row, slot], wanted)
 
 
-def test_examples_are_sequences_with_everything_or_the_middle_free():
+def test_examples_are_gaps_with_and_without_what_follows():
     n = 4000
     x0, condition = WORLD.examples(n, generator=seeded())
     tokens, free = condition["tokens"], condition["free"]
-    count = (free >= 0).sum(1)
-    whole, gap = count == 6, count == 2
-    assert bool((whole | gap).all())
-    assert torch.equal(free[whole], torch.arange(6).expand(int(whole.sum()), -1))
-    assert torch.equal(x0[whole], tokens[whole])
-    assert free[gap][:, :2].tolist() == [[2, 3]] * int(gap.sum())
-    assert torch.equal(x0[gap][:, :2], tokens[gap][:, 2:4]) and not x0[gap][:, 2:].any()
+    assert free.tolist() == [[2, 3]] * n and bool((tokens[:, :2] > 0).all())
+    assert bool(((x0 >= 1) & (x0 <= VOCABULARY)).all())
+    assert bool((tokens[:, 2:4] == WORLD.frame.codec.mask).all())
     cut = (tokens[:, 4:] == 0).all(1)
-    assert not (cut & whole).any() and bool((tokens[~cut] > 0).all())
-    for share, wanted in ((whole, 0.5), (gap & cut, 0.25), (gap & ~cut, 0.25)):
-        error = 4 * (wanted * (1 - wanted) / n) ** 0.5
-        assert float(share.double().mean()) == pytest.approx(wanted, abs=error)
+    assert bool((tokens[~cut, 4:] > 0).all())
+    assert float(cut.double().mean()) == pytest.approx(0.5, abs=4 * 0.5 / n**0.5)
+    pairs = torch.stack([tokens[:, 1] - 1, x0[:, 0] - 1], 1)  # a gap goes on from its left context
+    for token in range(VOCABULARY):
+        after = pairs[pairs[:, 0] == token, 1].bincount(minlength=VOCABULARY).double()
+        wanted = CHAIN.transition[token]
+        error = 4.5 * (wanted * (1 - wanted) / after.sum()).sqrt()
+        assert bool(((after / after.sum() - wanted).abs() < error).all())
 
 
 def test_marginals_along_paths_are_those_of_the_chain():
