@@ -96,7 +96,7 @@ class TransformerPosterior(nn.Module):
 def exact_rows(settings: Settings) -> list[Row]:
     """One token a step in a fixed order, where a transformer can be the exact posterior."""
     tuned = FinetuneSettings(
-        updates=40 if settings.fast else 2500,
+        updates=40 if settings.fast else 1200,
         beta_warmup=30,
         conditions=1,
         mix=Mix(on_policy=192, prior=64, data=0),

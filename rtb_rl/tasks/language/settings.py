@@ -105,7 +105,7 @@ def text_budget(name: BudgetName) -> TextBudget:
 def _demo() -> TextBudget:
     full = TextBudget()
     small = LanguageModelSettings(width=64, depth=2, steps=400)
-    tuned = replace(full.posterior.finetune, updates=100)
+    tuned = replace(full.posterior.finetune, updates=250)
     return replace(
         full,
         prior=TextPriorSettings(
