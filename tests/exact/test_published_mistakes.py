@@ -35,10 +35,9 @@ from rtb_rl.training.paths import PathSource, merge
 
 NOT_HERE = {
     6: "settings: tests/programs checks that what ran is what is written down",
-    8: "text reward: there is no language task",
-    17: "image Langevin term: there is no image task",
-    18: "image metrics: there is no image task",
-    20: "image baselines DPS and LGD: there is no image task",
+    17: "image Langevin term: image posteriors have none; a guide is learned from rewards",
+    18: "image metrics: tests/tasks/image/test_image_metrics.py, each against its formula",
+    20: "image baselines: tests/baselines/test_guidance.py, gradients of the likelihood itself",
 }
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Generator, Tensor, nn
 
-from rtb_rl.core import Denoiser, MaskedDiffusion, OnDemand, conditions
+from rtb_rl.core import MaskedDiffusion, OnDemand, conditions
 from rtb_rl.core.protocols import Condition
 from rtb_rl.nn.transformer import MaskedTransformer
 from rtb_rl.tasks.language.denoiser import TextPrior
@@ -145,7 +145,7 @@ class MarkovWorld:
 @torch.no_grad()
 def token_marginals(
     diffusion: MaskedDiffusion,
-    denoiser: Denoiser,
+    denoiser: nn.Module,
     condition: dict[str, Tensor],
     n: int,
     *,
@@ -159,15 +159,17 @@ def token_marginals(
     rows = conditions.count(condition) or 1
     each = conditions.repeat(condition, n)
     x = diffusion.start(rows * n, generator=generator)
-    total: Tensor | None = None
+    total = torch.zeros(())
     for k in range(diffusion.levels, 0, -1):
         level = torch.full((len(x),), k, device=x.device)
-        log_probs = denoiser(x, level, each)
+        log_probs = OnDemand(denoiser)(x, level, each)
         following = diffusion.kernel(log_probs, x, level).sample(generator=generator)
         revealed = (x == diffusion.mask) & (following != diffusion.mask)
-        found = torch.where(revealed.unsqueeze(-1), log_probs.double().exp(), 0.0)
-        found = found.reshape(rows, n, *found.shape[1:]).sum(1)
-        total = found if total is None else total + found
+        if bool(revealed.any()):
+            found = log_probs[revealed].double().exp()
+            if total.ndim == 0:
+                total = found.new_zeros((rows, x.shape[1], found.shape[1]))
+            row, slot = revealed.nonzero(as_tuple=True)
+            total.index_put_((row // n, slot), found, accumulate=True)
         x = following
-    assert total is not None
     return total / n
