@@ -137,7 +137,7 @@ def exact_rows(settings: Settings) -> list[Row]:
 
 def markov_rows(settings: Settings) -> list[Row]:
     """Gaps in sequences of a Markov chain; the prompts are new."""
-    chosen, prompts, draws = WorldSettings(), 50, 4000
+    chosen, prompts, draws = WorldSettings(), 50, 1500
     if settings.fast:
         chosen = replace(
             chosen,
