@@ -11,7 +11,6 @@ from rtb_rl.core import (
     IndependentReveals,
     Infilling,
     MaskedDiffusion,
-    OnDemand,
     TokenLogits,
     linear_masking,
 )
@@ -98,7 +97,3 @@ class TextPrior:
         """The gap by what is left and right of it."""
         codec = self.frame.codec
         return Infilling(TokenLogits(network or self.network, codec.mask, never=self.frame.never))
-
-    def on_demand(self) -> OnDemand:
-        """The prior, asked for what a step reveals alone."""
-        return OnDemand(self.left_only())

@@ -1,7 +1,7 @@
 """What trains a posterior of gaps: trajectory balance, and what it is compared with."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from torch import Generator, Tensor
@@ -19,6 +19,18 @@ from rtb_rl.training.settings import FinetuneSettings
 from rtb_rl.training.task import Task
 
 LORA_TARGETS = ("query_key_value", "attended")
+DENOISING = DenoisingSettings(
+    updates=800,
+    conditions=64,
+    paths=4,
+    data=0,
+    refresh=20,
+    learning_rate=5e-4,
+    last_learning_rate=0.05,
+    average_decay=0.98,
+    replay_capacity=100_000,
+)
+START = replace(DENOISING, updates=300, refresh=100)
 
 
 @dataclass(frozen=True)
@@ -44,33 +56,9 @@ class TextPosteriorSettings:
         )
     )
     """Of supervised fine-tuning, a baseline."""
-    start: DenoisingSettings | None = field(
-        default_factory=lambda: DenoisingSettings(
-            updates=300,
-            conditions=64,
-            paths=4,
-            data=0,
-            refresh=100,
-            learning_rate=5e-4,
-            last_learning_rate=0.05,
-            average_decay=0.98,
-            replay_capacity=100_000,
-        )
-    )
+    start: DenoisingSettings | None = START
     """Of the short training by DDPP-LB from which trajectory balance starts; None: the prior."""
-    denoising: DenoisingSettings = field(
-        default_factory=lambda: DenoisingSettings(
-            updates=800,
-            conditions=64,
-            paths=4,
-            data=0,
-            refresh=20,
-            learning_rate=5e-4,
-            last_learning_rate=0.05,
-            average_decay=0.98,
-            replay_capacity=100_000,
-        )
-    )
+    denoising: DenoisingSettings = DENOISING
     """Of DDPP-LB alone, a baseline."""
     lora_rank: int | None = None
     """Adapters of this rank instead of a copy of all weights."""

@@ -180,7 +180,12 @@ def test_the_enumerated_law_is_that_of_the_prior_s_chain():
         name: tensor.expand(n, -1) for name, tensor in prompts.condition.items() if name != "row"
     }
     path, _ = rollout_against(
-        prior.diffusion, prior.on_demand(), prior.on_demand(), each, n, generator=seeded()
+        prior.diffusion,
+        OnDemand(prior.left_only()),
+        OnDemand(prior.left_only()),
+        each,
+        n,
+        generator=seeded(),
     )
     seen = (path.x0[:, None] == pairs).all(2).double().mean(0)
     law = log_prob[0].exp()

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Generator, Tensor
 
-from rtb_rl.core import IndependentReveals, MaskedDiffusion, Sampler, linear_masking
+from rtb_rl.core import IndependentReveals, MaskedDiffusion, OnDemand, Sampler, linear_masking
 from rtb_rl.errors import InputError
 from rtb_rl.nn.transformer import MaskedTransformer
 from rtb_rl.tasks.language import prior as prior_module
@@ -177,7 +177,7 @@ def test_left_context_matters_to_the_prior():
 def test_drawn_texts_hold_no_special_token(frame):
     prior = untrained(frame)
     prompts = Prompts.of(frame, story_gaps(STORIES, 3))
-    x0 = Sampler(prior.diffusion, prior.on_demand()).sample(
+    x0 = Sampler(prior.diffusion, OnDemand(prior.left_only())).sample(
         prompts.condition, 4, generator=seeded()
     )
     used = (prompts.condition["free"] >= 0)[:, None].expand_as(x0)
