@@ -23,6 +23,7 @@ from rtb_rl.training.control import LookAhead
 from rtb_rl.training.diagnostics import posterior_bounds
 from rtb_rl.training.ema import Average, TrainedState
 from rtb_rl.training.mix import LearnedLogZ, check_mix
+from rtb_rl.training.optimisers import MakeOptimiser, adamw
 from rtb_rl.training.paths import Part, PathSource, merge
 from rtb_rl.training.seeding import GeneratorState
 from rtb_rl.training.settings import FinetuneSettings
@@ -37,8 +38,8 @@ class Finetuner:
 
     `objective` is trajectory balance unless given; those of `core.alternatives` that are gradients
     of an expectation over the posterior need a mix of on-policy paths alone. `look_ahead` takes
-    noise from the gradient at the price of more rewards, see LookAhead. Raises InputError for a mix
-    that can't be drawn or grouped.
+    noise from the gradient at the price of more rewards, see LookAhead. `optimiser` is made from
+    groups of parameters. Raises InputError for a mix that can't be drawn or grouped.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Finetuner:
         objective: Objective | None = None,
         look_ahead: bool = False,
         accelerator: Accelerator | None = None,
+        optimiser: MakeOptimiser = adamw,
     ):
         check_mix(settings.mix, log_z)
         self.task, self.log_z, self.settings = task, log_z, settings
@@ -63,7 +65,7 @@ class Finetuner:
         groups = [{"params": self.trained, "lr": settings.learning_rate}]
         if learned := list(log_z.parameters()):
             groups.append({"params": learned, "lr": settings.log_z_learning_rate})
-        self.optimiser = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+        self.optimiser = optimiser(groups)
 
     def update(self, step: int) -> Mapping[str, Tensor | float]:
         """One gradient step on fresh paths; what the residuals said."""

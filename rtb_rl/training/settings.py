@@ -18,6 +18,8 @@ class FinetuneSettings:
     conditions: int = 64
     """Conditions an update; each gets `mix.total` paths."""
     mix: Mix = field(default_factory=Mix)
+    draw_batch: int | None = None
+    """Paths drawn at once; None: all of a source. The memory of drawing does not grow beyond it."""
     levels_per_path: int | None = 5
     """Random steps of each path that get a gradient, scaled to be unbiased; None: all of them."""
     chunk: int = 4096

@@ -22,9 +22,9 @@ from rtb_rl.baselines.policy_gradient import PolicyGradient
 from rtb_rl.cli import show_names
 from rtb_rl.core import rollout
 from rtb_rl.errors import InputError
-from rtb_rl.tasks.image import fit_posterior, load_classifier, open_image_job, posterior
+from rtb_rl.tasks.image import fit_posterior, load_classifier, open_image_job
 from rtb_rl.tasks.image.prior import PriorSettings, new_unet
-from rtb_rl.training import Finetuner, loop
+from rtb_rl.training import Finetuner, loop, posterior_stage
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 LEVELS = 6  # of the budget smoke
@@ -183,7 +183,7 @@ def often(monkeypatch):
     def train(*arguments, **given):
         return loop.train(*arguments, **{**given, "checkpoint_every": 2})
 
-    monkeypatch.setattr(posterior, "train", train)
+    monkeypatch.setattr(posterior_stage, "train", train)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_a_run_that_was_killed_ends_like_one_that_was_not(
     for name in ("model.safetensors", "metrics.jsonl"):
         one, other = (side / stage / name for side in (folder, tmp_path / "cut"))
         assert one.read_bytes() == other.read_bytes(), name
-    monkeypatch.setattr(posterior, "train", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(posterior_stage, "train", lambda *a, **k: pytest.fail("trained again"))
     assert run(tmp_path / "cut", program, **given) == whole
     with pytest.raises(InputError, match="another configuration.*seed was 0 and is now 5"):
         run(tmp_path / "cut", program, **given, seed=5)

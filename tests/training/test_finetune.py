@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import importlib.util
 import math
 
 import pytest
@@ -15,6 +16,7 @@ from rtb_rl.core import (
     ScalarLogZ,
     Schedule,
     VelocityPrediction,
+    log_ratio,
     log_snr_schedule,
     zero_terminal_signal,
 )
@@ -22,6 +24,7 @@ from rtb_rl.core.gaussian import large_spread
 from rtb_rl.errors import InputError, NonFiniteError
 from rtb_rl.nn import MLP, LearnedSpread, ResidualMLP
 from rtb_rl.training import Finetuner, FinetuneSettings, Mix, Run, Task, diagnose, train, trust
+from rtb_rl.training.optimisers import eight_bit_adamw
 from rtb_rl.training.paths import merge
 
 LEVELS = 6
@@ -77,6 +80,37 @@ def test_paths_of_a_condition_are_neighbours_with_their_own_endpoints():
         assert len(group.unique(dim=0)) == 5
     assert torch.equal(log_reward, paths.x0.sum(1))
     assert paths.x.shape == (LEVELS + 1, 40, 2) and not ratio.requires_grad
+
+
+def test_paths_are_drawn_a_few_at_a_time_and_scored_as_if_together():
+    task, seen = make_task(), []
+    finetuner = make_finetuner(task, mix=Mix(on_policy=2, data=0), draw_batch=5)
+    task.posterior.log_scale.data.add_(0.1)
+    task.posterior.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    ((paths, ratio, log_reward),) = finetuner.paths.draw()
+    assert seen == [5] * 3 * LEVELS + [1] * LEVELS
+    expected = log_ratio(task.diffusion, task.posterior, task.prior, paths)
+    torch.testing.assert_close(ratio, expected.detach())
+    assert torch.equal(log_reward, paths.x0.sum(1))
+    assert (paths.condition.reshape(8, 2) == paths.condition.reshape(8, 2)[:, :1]).all()
+    assert len(paths.x0.unique(dim=0)) == 16
+
+
+def test_another_optimiser_descends_and_a_missing_one_is_one_clear_error():
+    task = make_task()
+    before = copy.deepcopy(task.posterior.state_dict())
+    settings = FinetuneSettings(conditions=8, learning_rate=0.5, gradient_clip=1e6)
+    generator = torch.Generator().manual_seed(3)
+    finetuner = Finetuner(
+        task, conditional_log_z(), settings, generator=generator, optimiser=torch.optim.SGD
+    )
+    finetuner.update(0)
+    for name, parameter in task.posterior.named_parameters():
+        expected = before[name] - 0.5 * parameter.grad
+        torch.testing.assert_close(parameter.detach(), expected)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        with pytest.raises(InputError, match="pip install bitsandbytes"):
+            eight_bit_adamw([])
 
 
 @pytest.mark.parametrize(

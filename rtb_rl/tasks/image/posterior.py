@@ -1,7 +1,7 @@
 """Fitting an image posterior: a stage that leaves an ordinary diffusers pipeline."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,17 +24,19 @@ from rtb_rl.tasks.image.target import ImageTarget, check_reward
 from rtb_rl.tasks.image.trainers import (
     MakeTrainer,
     PosteriorSettings,
-    Trainer,
     relative_trajectory_balance,
 )
 from rtb_rl.training.calls import NetworkCalls
 from rtb_rl.training.diagnostics import diagnose
-from rtb_rl.training.ema import TrainedState
-from rtb_rl.training.loop import train
-from rtb_rl.training.processes import first_of_all, own_directory, own_name, sum_of_all
+from rtb_rl.training.posterior_stage import (
+    Trainer,
+    fit_posterior_stage,
+    open_posterior_run,
+)
+from rtb_rl.training.processes import own_name
 from rtb_rl.training.run import Run
 from rtb_rl.training.seeding import generator_for
-from rtb_rl.training.stage import complete, fingerprint
+from rtb_rl.training.stage import fingerprint
 from rtb_rl.training.task import Task
 
 with extra("image"):
@@ -126,32 +128,25 @@ def fit_posterior(
         return make_trainer(task, target, settings, generator, accelerator)
 
     new_trainer()  # settings that don't fit are refused here
-    run = _open_run(Path(directory), config, accelerator)
-    networks, beta = {prior.pipeline.unet, unet}, settings.finetune.beta
-
-    def fit() -> dict[str, Any]:
-        with accelerator.main_process_first():
-            start = fit_start(
-                Path(directory) / "start", prior, target, task, settings.start, beta, networks, seed
-            )
-        trainer = new_trainer()
-        calls = NetworkCalls(networks)
-        observe = partial(_log_grid, run, task, settings, seed, calls)
-        seconds = _train(run, trainer, calls, settings, accelerator, observe)
-        calls.stop()
-        task.posterior.load_state_dict(trainer.average.module.state_dict())
-        spent = sum_of_all(accelerator, calls.total)
-        return {
-            "seconds": seconds + start.get("seconds", 0.0),
-            "network_calls": spent + start.get("network_calls", 0),
-            "start": start,
-            "diagnostics": _diagnostics(task, settings, seed),
-        }
-
-    complete(run, task.posterior, fit, part=TrainedState(task.posterior))
-    results = run.results or {}
+    run = open_posterior_run(Path(directory), config, accelerator)
+    networks, finetune = {prior.pipeline.unet, unet}, settings.finetune
+    start = partial(
+        fit_start, prior=prior, target=target, task=task, settings=settings.start, seed=seed
+    )
+    results = fit_posterior_stage(
+        run,
+        task,
+        new_trainer,
+        networks=networks,
+        steps=finetune.updates,
+        log_every=settings.log_every,
+        observe=partial(_log_grid, task, settings, seed),
+        diagnose=partial(_diagnostics, task, settings, seed),
+        accelerator=accelerator,
+        begin=partial(start, Path(directory) / "start", beta=finetune.beta, networks=networks),
+    )
     if accelerator.is_main_process:
-        told = {"beta": beta, "diagnostics": results["diagnostics"]}
+        told = {"beta": finetune.beta, "diagnostics": results["diagnostics"]}
         export_posterior(run.directory, prior, unet, name=target.name, **told)
     return ImagePosterior(task, unet, results)
 
@@ -180,39 +175,6 @@ def _diagnostics(task: Task, settings: PosteriorSettings, seed: int) -> dict[str
     )
 
 
-def _open_run(directory: Path, config: Mapping[str, Any], accelerator: Accelerator) -> Run:
-    """This process's run; where the first has finished, all take over what it has."""
-    accelerator.wait_for_everyone()
-    finished = (directory / "results.json").exists()
-    accelerator.wait_for_everyone()
-    own = directory if finished else own_directory(directory, accelerator)
-    if not finished:  # of the first, so that all go on together
-        (own / "results.json").unlink(missing_ok=True)
-    with accelerator.main_process_first():
-        return Run(own, config)
-
-
-def _train(
-    run: Run,
-    trainer: Trainer,
-    calls: NetworkCalls,
-    settings: PosteriorSettings,
-    accelerator: Accelerator,
-    observe: Callable[[int], None],
-) -> float:
-    return train(
-        run,
-        trainer.update,
-        {**trainer.parts, "network_calls": calls},
-        steps=settings.finetune.updates,
-        description="posterior",
-        log_every=settings.log_every,
-        checkpoint_every=5 * settings.log_every,
-        agree=partial(first_of_all, accelerator),
-        observe=observe,
-    )
-
-
 def _view(unet: UNet2DModel) -> UNet2DModel:
     """The same weights in the same memory, to put adapters on while the prior stays as it is."""
     return copy.deepcopy(unet, {id(p): p for p in unet.parameters()})
@@ -220,7 +182,7 @@ def _view(unet: UNet2DModel) -> UNet2DModel:
 
 @torch.no_grad()
 def _log_grid(
-    run: Run, task: Task, settings: PosteriorSettings, seed: int, calls: NetworkCalls, step: int
+    task: Task, settings: PosteriorSettings, seed: int, run: Run, calls: NetworkCalls, step: int
 ) -> None:
     """Samples to TensorBoard: of the prior once, of the posterior as it is. Not counted."""
     if step % settings.grid_every:

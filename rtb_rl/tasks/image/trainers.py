@@ -1,11 +1,10 @@
 """What trains an image posterior: trajectory balance, or a baseline at the same settings."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 from accelerate import Accelerator
-from torch import Generator, Tensor
+from torch import Generator
 
 from rtb_rl.baselines.adjoint import AdjointMatching
 from rtb_rl.baselines.policy_gradient import PolicyGradient
@@ -15,9 +14,9 @@ from rtb_rl.core import GaussianDiffusion, huber, linex, rtb, square
 from rtb_rl.core.objective import Penalty
 from rtb_rl.tasks.image.start import StartSettings
 from rtb_rl.tasks.image.target import ImageTarget
-from rtb_rl.training.checkpoint import Stateful
 from rtb_rl.training.finetune import Finetuner
 from rtb_rl.training.mix import Mix
+from rtb_rl.training.posterior_stage import Trainer
 from rtb_rl.training.settings import FinetuneSettings
 from rtb_rl.training.task import Task
 
@@ -60,17 +59,6 @@ class PosteriorSettings:
     log_every: int = 10
     grid_every: int = 50
     """Updates between grids of samples in TensorBoard."""
-
-
-class Trainer(Protocol):
-    """What trains a posterior: the fine-tuner, or a baseline."""
-
-    average: Any
-
-    def update(self, step: int) -> Mapping[str, Tensor | float]: ...
-
-    @property
-    def parts(self) -> dict[str, Stateful]: ...
 
 
 MakeTrainer = Callable[[Task, ImageTarget, PosteriorSettings, Generator, Accelerator], Trainer]

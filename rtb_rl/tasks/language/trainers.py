@@ -1,6 +1,6 @@
 """What trains a posterior of gaps: trajectory balance, and what it is compared with."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -10,10 +10,9 @@ from rtb_rl.baselines import DenoisingPosterior, DenoisingSettings, ImportanceRe
 from rtb_rl.core import conditions
 from rtb_rl.tasks.language.log_z import NoisyContextValue, group_log_z
 from rtb_rl.tasks.language.prompts import Frame, Prompts
-from rtb_rl.training.checkpoint import Stateful
-from rtb_rl.training.ema import Average
 from rtb_rl.training.finetune import Finetuner
 from rtb_rl.training.mix import LearnedLogZ, Mix
+from rtb_rl.training.posterior_stage import Trainer
 from rtb_rl.training.pretrain import Pretrainer, PretrainSettings
 from rtb_rl.training.settings import FinetuneSettings
 from rtb_rl.training.task import Task
@@ -67,17 +66,6 @@ class TextPosteriorSettings:
     log_every: int = 10
     text_every: int = 50
     """Updates between infills logged as text."""
-
-
-class Trainer(Protocol):
-    """What trains `task.posterior`."""
-
-    average: Average
-
-    def update(self, step: int) -> Mapping[str, Tensor | float]: ...
-
-    @property
-    def parts(self) -> Mapping[str, Stateful]: ...
 
 
 MakeTrainer = Callable[[Task, Prompts, TextPosteriorSettings, Generator], tuple[Trainer, int]]

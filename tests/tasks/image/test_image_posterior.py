@@ -15,7 +15,6 @@ from rtb_rl.adapters.pipelines import open_pipeline
 from rtb_rl.core import rollout, rollout_against
 from rtb_rl.errors import InputError, NonFiniteError
 from rtb_rl.nn.convolution import ConvClassifier
-from rtb_rl.tasks.image import posterior as posteriors
 from rtb_rl.tasks.image.measurements import Measurement, SuperResolution
 from rtb_rl.tasks.image.posterior import fit_posterior, posterior_task
 from rtb_rl.tasks.image.prior import PriorSettings, new_scheduler, new_unet
@@ -27,6 +26,7 @@ from rtb_rl.tasks.image.target import (
 )
 from rtb_rl.tasks.image.trainers import PosteriorSettings
 from rtb_rl.training import FinetuneSettings, Mix
+from rtb_rl.training import posterior_stage as posteriors
 
 SHAPE, LEVELS = (1, 8, 8), 5
 TINY = PosteriorSettings(

@@ -17,13 +17,13 @@ from rtb_rl.core import GaussianDiffusion, log_snr_schedule, rollout_against, ze
 from rtb_rl.core.gaussian import large_spread
 from rtb_rl.errors import InputError
 from rtb_rl.nn.value import ConvValue
-from rtb_rl.tasks.image import posterior as posteriors
 from rtb_rl.tasks.image import start as starts
 from rtb_rl.tasks.image.follow import Follower, FollowSettings, _Seen
 from rtb_rl.tasks.image.guide import Guide, GuidedDenoiser, ValueSettings, ValueTrainer
 from rtb_rl.tasks.image.posterior import fit_posterior, posterior_task
 from rtb_rl.tasks.image.start import StartSettings, elbo_of_strengths, new_guide
 from rtb_rl.training import Task
+from rtb_rl.training import posterior_stage as posteriors
 
 LEVELS = 6
 SCHEDULE = zero_terminal_signal(log_snr_schedule(LEVELS))
