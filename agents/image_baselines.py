@@ -32,8 +32,8 @@ from rtb_rl.tasks.image import (
     trained_baselines,
     training_free,
 )
-from rtb_rl.tasks.image.report import slug
 from rtb_rl.training import NetworkCalls, generator_for
+from rtb_rl.training.table import slug
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from safetensors.torch import load
 
 from rtb_rl.errors import InputError
 from rtb_rl.tasks.image import to_images
-from rtb_rl.tasks.image.report import draw_figure, mark, markdown, slug
+from rtb_rl.tasks.image.report import draw_figure, mark, markdown
+from rtb_rl.training.table import slug
 
 Rows = Sequence[Mapping[str, Any]]
 

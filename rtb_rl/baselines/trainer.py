@@ -8,6 +8,7 @@ from torch import Generator, Tensor, nn
 
 from rtb_rl.baselines.draws import CountedDenoiser
 from rtb_rl.core import Trajectory, conditions, random_levels, rollout
+from rtb_rl.core.protocols import Condition
 from rtb_rl.errors import InputError, NonFiniteError
 from rtb_rl.training.checkpoint import Stateful
 from rtb_rl.training.ema import Average, TrainedState
@@ -28,6 +29,8 @@ class BaselineSettings:
     """Conditions an update."""
     paths: int = 8
     """Paths of each condition; without conditions all paths of an update are one group."""
+    draw_batch: int | None = None
+    """Paths drawn at once; None: all of an update."""
     levels_per_path: int | None = None
     """Random steps of each path that get a gradient, scaled to be unbiased; None: all of them."""
     chunk: int = 4096
@@ -95,8 +98,20 @@ class Learner:
                 " many rows as asked for"
             )
         each = conditions.repeat(condition, times)
+        size = self.settings.draw_batch or rows * times
+        parts = [
+            self._rollout(each, slice(begin, min(begin + size, rows * times)))
+            for begin in range(0, rows * times, size)
+        ]
+        return Trajectory(torch.cat([part.x for part in parts], 1), each)
+
+    def _rollout(self, condition: Condition, rows: slice) -> Trajectory:
         return rollout(
-            self.task.diffusion, self.posterior, each, rows * times, generator=self.generator
+            self.task.diffusion,
+            self.posterior,
+            conditions.take(condition, rows),
+            rows.stop - rows.start,
+            generator=self.generator,
         )
 
     def levels(self, batch: int) -> Tensor:

@@ -45,9 +45,11 @@ def diagnose(
     *,
     rows: int = 64,
     samples: int = 256,
+    batch: int | None = None,
     generator: Generator,
 ) -> dict[str, float]:
-    """Bounds of log Z and what they say: `samples` posterior paths for each of `rows` conditions.
+    """Bounds of log Z and what they say: `samples` posterior paths for each of `rows` conditions,
+    `batch` of them drawn at once.
 
     `elbo` <= `log_z` are means over these conditions, in nats; `log_z_standard_error` is that of
     the paths, the conditions taken as given. `eubo` is an upper bound of log Z from exact draws of
@@ -61,10 +63,10 @@ def diagnose(
     condition, _ = task.draw_conditions(rows, generator=generator)
     rows = conditions.count(condition) or 1
     each = conditions.repeat(condition, samples)
-    paths, ratio = rollout_against(
-        task.diffusion, posterior, task.prior, each, rows * samples, generator=generator
+    x0, ratio = _ends(
+        task, posterior, each, rows * samples, batch or rows * samples, generator=generator
     )
-    log_reward, floored = score(task, paths.x0, each)
+    log_reward, floored = score(task, x0, each)
     weight = log_weight(log_reward, ratio, beta).reshape(rows, samples).double()
     log_z, error = importance_log_z(weight)
     return {
@@ -78,6 +80,32 @@ def diagnose(
         "signal_left": float(task.diffusion.signal_left),
         "floored": floored / (rows * samples),
     }
+
+
+def _ends(
+    task: Task,
+    posterior: Denoiser,
+    condition: Condition,
+    count: int,
+    batch: int,
+    *,
+    generator: Generator,
+) -> tuple[Tensor, Tensor]:
+    """Where posterior paths end, and their log-ratios."""
+    parts = []
+    for begin in range(0, count, batch):
+        rows = slice(begin, min(begin + batch, count))
+        paths, ratio = rollout_against(
+            task.diffusion,
+            posterior,
+            task.prior,
+            conditions.take(condition, rows),
+            rows.stop - rows.start,
+            generator=generator,
+        )
+        parts.append((paths.x0, ratio))
+    x0, ratios = zip(*parts, strict=True)
+    return torch.cat(x0), torch.cat(ratios)
 
 
 def _upper(

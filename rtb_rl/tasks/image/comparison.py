@@ -20,12 +20,13 @@ from rtb_rl.nn.convolution import ConvClassifier
 from rtb_rl.tasks.image.evaluation import Judge, Reference, average_rows, compare
 from rtb_rl.tasks.image.images import ImageDataset, to_images
 from rtb_rl.tasks.image.posterior import ImagePosterior
-from rtb_rl.tasks.image.report import SIDE, draw_figure, mark, markdown, print_table, slug
+from rtb_rl.tasks.image.report import SIDE, draw_figure, mark, markdown, print_table
 from rtb_rl.tasks.image.settings import Budget, ImageSettings
 from rtb_rl.tasks.image.target import ImageTarget
 from rtb_rl.training.checkpoint import replace_file
 from rtb_rl.training.run import Run
 from rtb_rl.training.seeding import generator_for
+from rtb_rl.training.table import slug
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,14 @@
 """Side by side: a table of methods against the reference, and a figure of what they draw."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor
+
+from rtb_rl.training import table
+from rtb_rl.training.table import Rows
 
 COLUMNS = {
     "E[log r]": ("log_reward", "log_reward_error"),
@@ -29,16 +28,6 @@ SIDE = 6  # images a side of a grid
 COLUMNS_OF_FIGURE = 5
 
 
-def slug(name: str) -> str:
-    """The name of a method as that of a file."""
-    return re.sub(r"\W+", "_", name)
-
-
-def cells(row: Mapping[str, Any]) -> list[str]:
-    """One row of the table, in the order of COLUMNS; a dash where a method has no such number."""
-    return [_cell(row.get(key), row.get(error)) for key, error in COLUMNS.values()]
-
-
 def reference_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """The reference as a row of its own, from a row that was compared with it."""
     names = ("log_reward", "log_reward_error", "judged", "judged_error", "diversity", "log_z")
@@ -52,29 +41,20 @@ def mark(row: Mapping[str, Any]) -> str:
     return " (collapsed)" if row["collapsed"] > 0.5 else ""
 
 
-def markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
+def markdown(rows: Rows) -> str:
     """The table as Markdown, the reference first; its Frechet distance is that of its halves."""
-    lines = [
-        "| method | " + " | ".join(COLUMNS) + " |",
-        "| --- |" + " --- |" * len(COLUMNS),
-        f"| *reference* | {' | '.join(cells(reference_row(next(iter(rows.values())))))} |",
-    ]
-    for name, row in rows.items():
-        lines.append(f"| {name}{mark(row)} | {' | '.join(cells(row))} |")
-    return "\n".join(lines) + "\n"
+    return table.markdown(COLUMNS, with_reference(rows, "*reference*"))
 
 
-def print_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
+def print_table(title: str, rows: Rows) -> None:
     """The same on the console."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("method")
-    for column in COLUMNS:
-        table.add_column(escape(column), justify="right")
-    first = next(iter(rows.values()))
-    table.add_row("reference", *cells(reference_row(first)), end_section=True)
-    for name, row in rows.items():
-        table.add_row(name + mark(row), *cells(row))
-    Console(width=150).print(table)
+    table.print_table(title, COLUMNS, with_reference(rows, "reference"))
+
+
+def with_reference(rows: Rows, title: str) -> Rows:
+    """The rows with their marks, below the reference that they were compared with."""
+    marked = {name + mark(row): row for name, row in rows.items()}
+    return {title: reference_row(next(iter(rows.values()))), **marked}
 
 
 def draw_figure(
@@ -131,11 +111,3 @@ def mosaic(images: Tensor) -> np.ndarray:
         y, x = index // SIDE * (height + 1), index % SIDE * (width + 1)
         picture[y : y + height, x : x + width] = image.transpose(1, 2, 0)
     return picture[..., 0] if channels == 1 else picture
-
-
-def _cell(value: float | None, error: float | None) -> str:
-    if value is None:
-        return "-"
-    digits = 0 if isinstance(value, int) or abs(value) >= 10 else 3
-    spread = "" if error is None else f" ± {error:.{digits}f}"
-    return f"{value:.{digits}f}{spread}"

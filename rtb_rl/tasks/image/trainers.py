@@ -6,11 +6,9 @@ from dataclasses import dataclass, field
 from accelerate import Accelerator
 from torch import Generator
 
-from rtb_rl.baselines.adjoint import AdjointMatching
-from rtb_rl.baselines.policy_gradient import PolicyGradient
-from rtb_rl.baselines.surrogates import ClippedDdpo, Ddpo, Dpok, Surrogate, published_dpok
+from rtb_rl.baselines.trained import Learning, make_learner, trained_methods
 from rtb_rl.baselines.trainer import BaselineSettings
-from rtb_rl.core import GaussianDiffusion, huber, linex, rtb, square
+from rtb_rl.core import huber, linex, rtb, square
 from rtb_rl.core.objective import Penalty
 from rtb_rl.tasks.image.start import StartSettings
 from rtb_rl.tasks.image.target import ImageTarget
@@ -94,8 +92,7 @@ class Baseline:
     """Makes a trainer with the settings of trajectory balance, as far as they apply."""
 
     name: str
-    surrogate: Callable[[GaussianDiffusion], Surrogate] | None = None
-    """Makes that of a policy gradient; None: adjoint matching."""
+    learning: Learning
 
     @property
     def __name__(self) -> str:
@@ -108,7 +105,7 @@ class Baseline:
         settings: PosteriorSettings,
         generator: Generator,
         accelerator: Accelerator,
-    ) -> PolicyGradient | AdjointMatching:
+    ) -> Trainer:
         tuned = settings.finetune
         paths = PATHS if target.is_conditional else tuned.conditions
         levels = tuned.levels_per_path
@@ -123,20 +120,9 @@ class Baseline:
             last_learning_rate=tuned.last_learning_rate,
             average_decay=tuned.average_decay,
         )
-        if self.surrogate is None:
-            return AdjointMatching(task, chosen, generator=generator)
-        assert isinstance(task.diffusion, GaussianDiffusion)
-        surrogate = self.surrogate(task.diffusion)
-        return PolicyGradient(task, chosen, surrogate=surrogate, generator=generator)
+        return make_learner(self.learning, task, chosen, generator=generator)
 
 
 def trained_baselines() -> dict[str, Baseline]:
     """Name -> what makes the trainer."""
-    methods = (
-        Baseline("DDPO", lambda diffusion: Ddpo()),
-        Baseline("DDPO, clipped", lambda diffusion: ClippedDdpo()),
-        Baseline("DPOK, KL weight 1/beta", lambda diffusion: Dpok()),
-        Baseline("DPOK, published weights", published_dpok),
-        Baseline("adjoint matching"),
-    )
-    return {method.name: method for method in methods}
+    return {name: Baseline(name, learning) for name, learning in trained_methods().items()}

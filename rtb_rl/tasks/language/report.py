@@ -1,13 +1,10 @@
 """Side by side: a table of methods, and stories with what each method wrote in the gap."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from rtb_rl.tasks.language.prompts import Gap
+from rtb_rl.training import table
+from rtb_rl.training.table import Rows
 
 COLUMNS = {
     "E[log r]": ("log_reward", "log_reward_error"),
@@ -28,27 +25,14 @@ COLUMNS = {
 """Title -> (key of a row, key of its standard error)."""
 
 
-def cells(row: Mapping[str, Any]) -> list[str]:
-    """One row of the table, in the order of COLUMNS; a dash where a method has no such number."""
-    return [_cell(row.get(key), row.get(error or "")) for key, error in COLUMNS.values()]
-
-
-def markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
+def markdown(rows: Rows) -> str:
     """The table as Markdown."""
-    lines = ["| method | " + " | ".join(COLUMNS) + " |", "| --- |" + " --- |" * len(COLUMNS)]
-    lines += [f"| {name} | {' | '.join(cells(row))} |" for name, row in rows.items()]
-    return "\n".join(lines) + "\n"
+    return table.markdown(COLUMNS, rows)
 
 
-def print_table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
+def print_table(title: str, rows: Rows) -> None:
     """The same on the console."""
-    table = Table(title=title, title_justify="left")
-    table.add_column("method")
-    for column in COLUMNS:
-        table.add_column(escape(column), justify="right")
-    for name, row in rows.items():
-        table.add_row(name, *cells(row))
-    Console(width=190).print(table)
+    table.print_table(title, COLUMNS, rows, width=190)
 
 
 def stories(human: Sequence[Gap], written: Mapping[str, Sequence[Gap]], *, count: int = 12) -> str:
@@ -60,11 +44,3 @@ def stories(human: Sequence[Gap], written: Mapping[str, Sequence[Gap]], *, count
         parts += [f"- *{name}*: {gaps[i].middle}" for name, gaps in written.items()]
         parts.append("")
     return "\n".join(parts)
-
-
-def _cell(value: float | None, error: float | None) -> str:
-    if value is None:
-        return "-"
-    digits = 0 if isinstance(value, int) or abs(value) >= 100 else 3
-    spread = "" if error is None else f" ± {error:.{digits}f}"
-    return f"{value:.{digits}f}{spread}"

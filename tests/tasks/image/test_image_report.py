@@ -8,13 +8,13 @@ from matplotlib import pyplot
 from rtb_rl.tasks.image.report import (
     COLUMNS,
     SIDE,
-    cells,
     draw_figure,
     markdown,
     mosaic,
     print_table,
     reference_row,
 )
+from rtb_rl.training.table import cells
 
 ROW = {
     "log_reward": -0.5,
@@ -48,17 +48,17 @@ def columns(line):
 
 
 def test_each_number_stands_under_its_title_with_its_own_error():
-    found = dict(zip(COLUMNS, cells(ROW), strict=True))
+    found = dict(zip(COLUMNS, cells(COLUMNS, ROW), strict=True))
     assert found["E[log r]"] == "-0.500 ± 0.010"
     assert found["by the judge"] == "-0.700 ± 0.030"
     assert found["TV of classes"] == "0.050" and found["Frechet"] == "1.250"
     assert found["log Z"] == found["ESS"] == "-"
-    assert found["training calls"] == "123456" and found["calls / draw"] == "20"
+    assert found["training calls"] == "123456" and found["calls / draw"] == "20.000"
     assert found["s / draw"] == "0.013" or found["s / draw"] == "0.012"
 
 
 def test_the_reference_is_a_row_of_its_own():
-    found = dict(zip(COLUMNS, cells(reference_row(ROW)), strict=True))
+    found = dict(zip(COLUMNS, cells(COLUMNS, reference_row(ROW)), strict=True))
     assert found["E[log r]"] == "-0.520 ± 0.020"
     assert found["by the judge"] == "-0.710 ± 0.040"
     assert found["log Z"] == "-1.500 ± 0.015" and found["ESS"] == "0.400"
@@ -77,7 +77,7 @@ def test_markdown_marks_what_has_collapsed(capsys):
         "greedy (collapsed)",
     ]
     assert len({len(columns(line)) for line in lines}) == 1
-    assert columns(lines[0])[1:] == list(COLUMNS) and columns(lines[3])[1:] == cells(ROW)
+    assert columns(lines[0])[1:] == list(COLUMNS) and columns(lines[3])[1:] == cells(COLUMNS, ROW)
     print_table("a title", rows)
     shown = capsys.readouterr().out
     assert "E[log r]" in shown and "(collapsed)" in shown and "123456" in shown
