@@ -8,7 +8,6 @@ that it shares, training included; a backward pass counts as two calls. Guidance
 and spends less: the table has what was counted.
 """
 
-import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,8 @@ from rtb_rl.tasks.image import (
     trained_baselines,
     training_free,
 )
-from rtb_rl.training import NetworkCalls, generator_for
+from rtb_rl.training import generator_for
+from rtb_rl.training.equal_calls import Spent, spent_by, updates_within
 from rtb_rl.training.table import slug
 
 
@@ -50,46 +50,32 @@ class Settings(ImageSettings):
     shared run spent for each of its own."""
 
 
-def updates_within(job: ImageJob, method: Baseline, calls: float) -> int:
+def updates(job: ImageJob, method: Baseline, calls: float) -> int:
     """Updates that cost so many network calls, by the price of one on a copy."""
     settings, seed = job.budget.posterior, job.settings.seed
     task, unet = posterior_task(job.prior, job.target, settings, seed=seed)
     generator = generator_for(seed, "price", device=job.data.images.device)
-    trainer = method(task, job.target, settings, generator, Accelerator())
-    counted = NetworkCalls({job.prior.pipeline.unet, unet})
-    trainer.update(0)
-    counted.stop()
-    return max(1, round(calls / counted.total))
+    new_trainer = partial(method, task, job.target, settings, generator, Accelerator())
+    return updates_within(calls, new_trainer, {job.prior.pipeline.unet, unet})
 
 
 def fit(job: ImageJob, method: Baseline, calls: float) -> ImagePosterior:
     """A posterior trained for as many calls as trajectory balance was."""
     directory = job.run.directory / slug(method.name)
     settings = replace(job.budget.posterior, start=None)
-    updates = updates_within(job, method, calls)
-    chosen = replace(settings, finetune=replace(settings.finetune, updates=updates))
+    tuned = replace(settings.finetune, updates=updates(job, method, calls))
+    chosen = replace(settings, finetune=tuned)
     seed = job.settings.seed
     return fit_posterior(directory, job.prior, job.target, chosen, seed=seed, make_trainer=method)
 
 
-def calls_of_rtb(settings: Settings) -> tuple[float, float]:
-    """Network calls that trajectory balance spent: in training, and in all for each draw."""
+def calls_of_rtb(settings: Settings) -> Spent:
+    """Network calls that trajectory balance spent."""
     run = settings.against or settings.share
     if run is None or settings.share is None:
         raise InputError("baselines stand on a run of rtb_image; name its directory with --share")
-    path = run / "results.json"
-    rows = json.loads(path.read_text()).get("methods", {}) if path.exists() else {}
-    if "rtb" not in rows:
-        raise InputError(f"{run} holds no finished run of rtb_image; finish it first")
-    made = json.loads((run / "config.json").read_text())
-    for name, asked in (("target", settings.target), ("beta", settings.beta)):
-        if made[name] != asked:
-            raise InputError(
-                f"{run} has {name} {made[name]}, and {asked} is asked for here; name a run of the"
-                f" same {name} with --against"
-            )
-    row = rows["rtb"]
-    return row["training_calls"], row["training_calls"] / row["draws"] + row["calls"]
+    asked = {"target": settings.target, "beta": settings.beta}
+    return spent_by(run, "rtb", "rtb_image", asked)
 
 
 def chosen_methods(settings: Settings) -> tuple[str, ...]:

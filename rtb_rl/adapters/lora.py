@@ -94,7 +94,8 @@ def add_lora(
 ) -> Network:
     """Put LoRA layers on the modules of `unet` whose names end in one of `targets`; returns it.
 
-    Everything else is frozen. A ~ N(0, 1 / rank^2), B = 0: the output is unchanged at first.
+    Everything else is frozen. A ~ N(0, 1 / rank^2), B = 0: the output is unchanged at first. Both
+    are float32, whatever the network is in.
     Whatever else holds this network sees the posterior from now on, and the prior through LoraViews
     only. `alpha` is the rank unless given. Raises InputError where a target is not in the network.
     """
@@ -113,6 +114,11 @@ def add_lora(
             first.copy_(noise / rank)
             second.zero_()
     return unet
+
+
+def shared_view(unet: Network) -> Network:
+    """A copy whose weights are the same memory: adapters put on it leave `unet` as it is."""
+    return copy.deepcopy(unet, {id(p): p for p in unet.parameters()})
 
 
 def has_attention(unet: nn.Module) -> bool:
@@ -148,6 +154,20 @@ def save_lora(directory: str | Path, unet: nn.Module) -> None:
 
     with PeftAdapterMixin from diffusers.loaders.
     """
+    weights, described = lora_weights(unet)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    partial = directory / f".{FILE}.partial"
+    metadata = {"format": "pt", METADATA: json.dumps(described)}
+    save_file(weights, partial, metadata)
+    partial.replace(directory / FILE)
+
+
+def lora_weights(unet: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights of the LoRA layers under peft's names, and the config that puts them there.
+
+    Raises InputError where there are none.
+    """
     if not lora_layers(unet):
         raise InputError("this network has no LoRA layers to save; call add_lora first")
     weights = get_peft_model_state_dict(unet, adapter_name=ADAPTER)
@@ -158,12 +178,7 @@ def save_lora(directory: str | Path, unet: nn.Module) -> None:
         "lora_alpha": config.lora_alpha,
         "target_modules": sorted(config.target_modules),
     }
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    partial = directory / f".{FILE}.partial"
-    metadata = {"format": "pt", METADATA: json.dumps(described)}
-    save_file({k: v.detach().contiguous() for k, v in weights.items()}, partial, metadata)
-    partial.replace(directory / FILE)
+    return {k: v.detach().contiguous() for k, v in weights.items()}, described
 
 
 def load_lora(directory: str | Path, unet: nn.Module) -> None:
@@ -193,6 +208,9 @@ def _inject(unet: nn.Module, rank: int, alpha: int, targets: Sequence[str]) -> N
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))
     with torch.random.fork_rng(devices=[]):
         inject_adapter_in_model(config, unet, adapter_name=ADAPTER)
+    for layer in lora_layers(unet):
+        layer.lora_A.float()  # small updates would be lost in half precision
+        layer.lora_B.float()
 
 
 def _has(network: nn.Module, target: str) -> bool:

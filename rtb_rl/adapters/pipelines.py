@@ -51,19 +51,12 @@ def load_pipeline(source: str | Path) -> DDPMPipeline:
     Its scheduler is as published: see `open_pipeline` for those that are refused. Raises InputError
     where there is no pipeline, or one of another kind.
     """
-    try:
+    with reading_pipeline(source):
         index = DDPMPipeline.load_config(str(source))
         assert isinstance(index, dict)
         if (kind := index.get("_class_name")) in PIPELINES:
             with _without_progress():
                 return DDPMPipeline.from_pretrained(str(source))
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(
-            f"no diffusers pipeline can be read from {str(source)!r}: give a folder that"
-            " save_pretrained wrote, or the id of a pipeline on the hub and a network connection"
-            f" ({reason})"
-        ) from error
     raise InputError(
         f"{str(source)!r} holds a {kind}, not an unconditional pipeline; give one of"
         f" {', '.join(PIPELINES)}"
@@ -103,17 +96,46 @@ def save_pipeline(
     `core.rollout` for the same generator, but for the noise of the last step where the scheduler
     adds none. Replaces a pipeline that is there; raises InputError rather than any other folder.
     """
-    directory = Path(directory)
+    refuse_adapters(unet)
+    with replacing(directory, "model_index.json", "pipeline") as partial:
+        DDPMPipeline(unet, ddpm_scheduler(scheduler)).save_pretrained(partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+def refuse_adapters(unet: nn.Module) -> None:
+    """InputError for a U-Net that no ordinary pipeline folder can hold."""
     if any(".lora_A." in name for name in unet.state_dict()):
         raise InputError(
             "this U-Net has LoRA layers; save merged(unet) of rtb_rl.adapters.lora instead"
         )
-    if directory.exists() and not (directory / "model_index.json").is_file():
-        raise InputError(f"{directory} exists and is no pipeline; give a new directory")
+
+
+@contextmanager
+def reading_pipeline(source: str | Path) -> Iterator[None]:
+    """Turn what diffusers says of a source that it can't read into an InputError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"no diffusers pipeline can be read from {str(source)!r}: give a folder that"
+            " save_pretrained wrote, or the id of a pipeline on the hub and a network connection"
+            f" ({reason})"
+        ) from error
+
+
+@contextmanager
+def replacing(directory: str | Path, marker: str, kind: str) -> Iterator[Path]:
+    """A folder beside `directory`, to be written, that takes its place at the end.
+
+    What is there must have the file `marker`, which makes it a `kind`; else InputError.
+    """
+    directory = Path(directory)
+    if directory.exists() and not (directory / marker).is_file():
+        raise InputError(f"{directory} exists and is no {kind}; give a new directory")
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    DDPMPipeline(unet, ddpm_scheduler(scheduler)).save_pretrained(partial)
-    (partial / "README.md").write_text(card, encoding="utf-8")
+    yield partial
     if directory.exists():
         shutil.rmtree(directory)
     partial.rename(directory)

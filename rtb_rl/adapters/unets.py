@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rtb_rl.adapters.extras import extra
 from rtb_rl.adapters.schedulers import Scheduler, SchedulerGrid, check_scheduler
-from rtb_rl.core import Denoiser, NoisePrediction, VelocityPrediction
+from rtb_rl.core import NoisePrediction, VelocityPrediction
 from rtb_rl.core.protocols import Condition
 from rtb_rl.errors import InputError
 
@@ -101,8 +101,18 @@ def denoiser_from_unet(
     Without `encode` the condition is ignored. Raises InputError where a prediction of noise is
     asked about x0 at a level without signal.
     """
+    network = UNetDenoiser(unet, grid.timesteps, encode=encode, precision=precision)
+    return denoiser_from_output(network, scheduler, grid)
+
+
+def denoiser_from_output(
+    network: nn.Module, scheduler: Scheduler, grid: SchedulerGrid
+) -> nn.Module:
+    """What the network says of x0; its own output is whatever the scheduler says that it predicts.
+
+    Raises InputError as `denoiser_from_unet`.
+    """
     check_scheduler(scheduler)
-    network: Denoiser = UNetDenoiser(unet, grid.timesteps, encode=encode, precision=precision)
     prediction = scheduler.config["prediction_type"]
     if prediction == "sample":
         return network

@@ -113,7 +113,7 @@ def compare(
     found = judge(x0, conditions.repeat(reference.condition, len(x0)))
     row: dict[str, float] = {}
     for name in ("log_reward", "judged"):
-        row |= _excess(
+        row |= excess(
             name, getattr(found, name), *reference.mean(getattr(reference.judgement, name))
         )
     classes, _ = reference.mean(reference.judgement.probabilities)
@@ -144,7 +144,10 @@ def average_rows(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     return found
 
 
-def _excess(name: str, values: Tensor, wanted: Tensor, wanted_error: Tensor) -> dict[str, float]:
+def excess(name: str, values: Tensor, wanted: Tensor, wanted_error: Tensor) -> dict[str, float]:
+    """The mean of values [n] with its standard error, beside the mean that is wanted, and how many
+    standard errors it is above that; keys begin with the name.
+    """
     values = values.double()
     error = float(values.std()) / len(values) ** 0.5
     mean = float(values.mean())

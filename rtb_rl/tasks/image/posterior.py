@@ -1,6 +1,5 @@
 """Fitting an image posterior: a stage that leaves an ordinary diffusers pipeline."""
 
-import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -11,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from rtb_rl.adapters.extras import extra
-from rtb_rl.adapters.lora import WithoutLora, add_lora, has_attention
+from rtb_rl.adapters.lora import WithoutLora, add_lora, has_attention, shared_view
 from rtb_rl.adapters.pipelines import PipelinePrior
 from rtb_rl.adapters.schedulers import scheduler_grid
 from rtb_rl.adapters.unets import denoiser_from_unet
@@ -70,7 +69,7 @@ def posterior_task(
     adapted = settings.lora_rank is not None
     if adapted:
         check_adapters(unet, conditional=target.is_conditional)
-    trained = _view(unet) if adapted else target.widen(unet)
+    trained = shared_view(unet) if adapted else target.widen(unet)
     trained.requires_grad_(not adapted)
     if settings.lora_rank is not None:
         add_lora(trained, rank=settings.lora_rank, generator=generator_for(seed, "lora"))
@@ -173,11 +172,6 @@ def _diagnostics(task: Task, settings: PosteriorSettings, seed: int) -> dict[str
         samples=settings.diagnostic_samples,
         generator=generator_for(seed, "diagnostics", device=_device(task)),
     )
-
-
-def _view(unet: UNet2DModel) -> UNet2DModel:
-    """The same weights in the same memory, to put adapters on while the prior stays as it is."""
-    return copy.deepcopy(unet, {id(p): p for p in unet.parameters()})
 
 
 @torch.no_grad()

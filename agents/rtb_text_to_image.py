@@ -1,0 +1,93 @@
+"""Text-to-image posteriors with relative trajectory balance: prior, posterior, comparison.
+
+    rtb-rl run rtb_text_to_image --out runs/shapes
+
+fine-tunes a small Stable Diffusion of coloured shapes, which it trains first. With a pipeline and a
+reward of your own:
+
+    accelerate launch -m rtb_rl.agents.rtb_text_to_image \\
+        --prior stable-diffusion-v1-5/stable-diffusion-v1-5 --ancestral --learned-start \\
+        --prompts "A green colored rabbit." --reward image-reward --half-precision --out runs/rabbit
+
+Stages, each in a directory of its own under --out: prior/ (of shapes), reference/ (draws of the
+prior, weighted by the reward: the truth to compare with), posterior/ (fine-tuned to
+p(image | prompt) r(image, prompt)^beta / Z). Its lora/ or pipeline/ loads in plain diffusers.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import tyro
+from accelerate import Accelerator
+from rich.console import Console
+
+from rtb_rl.tasks.text_to_image import (
+    PRIOR,
+    TextToImageSettings,
+    fit_text_to_image,
+    group_log_z,
+    learned_log_z,
+    open_text_to_image_job,
+)
+from rtb_rl.training import trust
+
+SIGNAL = 0.05
+
+
+@dataclass(frozen=True)
+class Settings(TextToImageSettings):
+    """Text-to-image posteriors with relative trajectory balance."""
+
+    lora_rank: int | None = None
+    """Rank of the adapters; not given: 4, and for shapes all weights of a copy are trained."""
+    all_weights: bool = False
+    """Train all weights of a copy of the U-Net, also of a pipeline that is given."""
+    group_log_z: bool = False
+    """log Z is the mean over a prompt's paths, instead of a network of its embedding."""
+    per_dimension: bool = False
+    """Count beta for each number of a latent, as the published code does."""
+    learned_start: bool = False
+    """Learn the law of the first noise, for a pipeline that keeps signal at its last level."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    eight_bit: bool = False
+    """Moments of the optimiser in 8 bits, by bitsandbytes."""
+
+
+def chosen(settings: Settings) -> dict[str, Any]:
+    """What the flags change of the posterior's settings."""
+    flags = ("per_dimension", "learned_start", "gradient_checkpointing", "eight_bit")
+    changed: dict[str, Any] = {name: True for name in flags if getattr(settings, name)}
+    if settings.lora_rank is not None:
+        changed["lora_rank"] = settings.lora_rank
+    return changed | ({"lora_rank": None} if settings.all_weights else {})
+
+
+def main(settings: Settings) -> None:
+    """Make what is not complete and compare the posterior with its reference."""
+    make_log_z = group_log_z if settings.group_log_z else learned_log_z
+    job = open_text_to_image_job(
+        settings, program="rtb_text_to_image", make_log_z=make_log_z, **chosen(settings)
+    )
+    left = job.prior.diffusion.signal_left
+    if left > SIGNAL and not settings.learned_start:
+        Console(stderr=True).print(
+            f"warning: signal {left:.3f} is left at the last level, so that no posterior with the"
+            " prior's first noise is exact; --learned-start learns another",
+            highlight=False,
+        )
+    directory, how = job.run.directory / "posterior", job.budget.posterior
+    posterior = fit_text_to_image(directory, job.prior, job.target, how, seed=settings.seed)
+    if not Accelerator().is_main_process:
+        return
+
+    job.add(PRIOR, job.draw_prior)
+    job.add("rtb", partial(job.draw, posterior), posterior.results)
+    job.finish([PRIOR, "rtb"])
+    verdict = trust(posterior.results["diagnostics"])
+    Console(width=100).print(f"posterior: {verdict}", highlight=False)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))

@@ -1,0 +1,139 @@
+"""Baselines for text-to-image posteriors, on the prior, reward and reference of another run.
+
+    rtb-rl run text_to_image_baselines --share runs/shapes --out runs/shapes-baselines
+
+Training-free: best of N, importance resampling, FK steering. Trained: DDPO, DPOK, and adjoint
+matching where the reward has a gradient. Each may spend as many network calls a draw as the run of
+rtb_text_to_image that it shares, training included; a backward pass counts as two calls.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import tyro
+from accelerate import Accelerator
+from rich.console import Console
+
+from rtb_rl import InputError
+from rtb_rl.baselines import fk_steering
+from rtb_rl.tasks.text_to_image import (
+    Baseline,
+    CallBudget,
+    TextToImageJob,
+    TextToImagePosterior,
+    TextToImageSettings,
+    best,
+    fit_text_to_image,
+    importance,
+    open_text_to_image_job,
+    swarm,
+    text_to_image_task,
+    trained_baselines,
+)
+from rtb_rl.training import generator_for
+from rtb_rl.training.equal_calls import Spent, spent_by, updates_within
+from rtb_rl.training.table import slug
+
+FREE = {
+    "best of N": best,
+    "importance resampling": importance,
+    "FK steering": partial(swarm, fk_steering, 1),
+}
+NEEDS_GRADIENT = "adjoint matching"
+
+
+@dataclass(frozen=True)
+class Settings(TextToImageSettings):
+    """Baselines for text-to-image posteriors."""
+
+    methods: tuple[str, ...] = ()
+    """Those to run, by the names in the table; not given: all that the reward allows."""
+    against: Path | None = None
+    """Finished run of rtb_text_to_image whose network calls each method may spend; not given: that
+    of --share."""
+    calls: float | None = None
+    """Network calls that a training-free method may spend for each draw; not given: those that the
+    shared run spent for each of its own."""
+    lora_rank: int | None = None
+    """Rank of the adapters; not given: 4, and for shapes all weights of a copy are trained."""
+
+
+def updates(job: TextToImageJob, method: Baseline, calls: float) -> int:
+    """Updates that cost so many network calls, by the price of one."""
+    settings, seed = job.budget.posterior, job.settings.seed
+    task, unet = text_to_image_task(job.prior, job.target, settings, seed=seed)
+    generator = generator_for(seed, "price", device=job.draws.x0.device)
+    given = (task, job.target, job.prior.prompts, settings, generator, Accelerator())
+    return updates_within(calls, partial(method, *given), {job.prior.pipeline.unet, unet})
+
+
+def fit(job: TextToImageJob, method: Baseline, calls: float) -> TextToImagePosterior:
+    """A posterior trained for as many calls as trajectory balance was."""
+    settings = job.budget.posterior
+    tuned = replace(settings.finetune, updates=updates(job, method, calls))
+    return fit_text_to_image(
+        job.run.directory / slug(method.name),
+        job.prior,
+        job.target,
+        replace(settings, finetune=tuned),
+        seed=job.settings.seed,
+        make_trainer=method,
+    )
+
+
+def calls_of_rtb(settings: Settings) -> Spent:
+    """Network calls that trajectory balance spent."""
+    run = settings.against or settings.share
+    if run is None or settings.share is None:
+        raise InputError(
+            "baselines stand on a run of rtb_text_to_image; name its directory with --share"
+        )
+    return spent_by(run, "rtb", "rtb_text_to_image", {"beta": settings.beta})
+
+
+def chosen_methods(settings: Settings, *, differentiable: bool) -> tuple[str, ...]:
+    """The names of what is run; InputError for a name that there is not."""
+    known = (*FREE, *trained_baselines())
+    if unknown := [name for name in settings.methods if name not in known]:
+        raise InputError(
+            f"there is no method {unknown[0]!r}; there are {', '.join(map(repr, known))}"
+        )
+    if not differentiable and NEEDS_GRADIENT in settings.methods:
+        raise InputError(f"{NEEDS_GRADIENT} needs a reward with a gradient, and this one has none")
+    allowed = known if differentiable else [name for name in known if name != NEEDS_GRADIENT]
+    return settings.methods or tuple(allowed)
+
+
+def measure(job: TextToImageJob, name: str, budget: CallBudget, training: float) -> None:
+    """Draw by the method of that name, trained first where it is, and add its row."""
+    fitted = trained_baselines()
+    if name in fitted:
+        posterior = fit(job, fitted[name], training)
+        return job.add(name, partial(job.draw, posterior), posterior.results)
+    model = (job.prior.diffusion, job.prior.denoiser, job.measure.log_reward, job.condition)
+    given: dict[str, Any] = {"budget": budget, "beta": job.settings.beta}
+    if name != "FK steering":
+        given["batch"] = job.budget.draw_batch
+    method = partial(FREE[name], *model, **given)
+    return job.add(name, lambda generator: method(generator=generator))
+
+
+def main(settings: Settings) -> None:
+    """Run the methods, skipping those that are complete, and compare them."""
+    if Accelerator().num_processes > 1:
+        raise InputError("the baselines train in one process; start them without a launcher")
+    spent = calls_of_rtb(settings)
+    rank: dict[str, Any] = {"lora_rank": settings.lora_rank} if settings.lora_rank else {}
+    job = open_text_to_image_job(settings, program="text_to_image_baselines", **rank)
+    names = chosen_methods(settings, differentiable=job.measure.log_reward.differentiable)
+    budget = CallBudget(settings.calls or spent.each, job.budget.draws, job.prior.diffusion.levels)
+    for name in names:
+        Console().print(f"[bold]{name}[/bold]")
+        measure(job, name, budget, spent.training)
+    job.finish(names)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))

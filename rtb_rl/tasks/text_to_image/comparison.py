@@ -1,0 +1,189 @@
+"""An open text-to-image job: methods measured one by one, then a table and a figure of all."""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors.torch import load, save
+from torch import Generator, Tensor
+
+from rtb_rl.adapters.text_to_image import TextToImagePrior
+from rtb_rl.baselines.draws import Draws
+from rtb_rl.tasks.image.evaluation import average_rows
+from rtb_rl.tasks.image.report import SIDE, draw_figure, mark
+from rtb_rl.tasks.text_to_image.evaluation import Measure, Measured, Reference, compare
+from rtb_rl.tasks.text_to_image.posterior import TextToImagePosterior
+from rtb_rl.tasks.text_to_image.reference import PriorDraws
+from rtb_rl.tasks.text_to_image.report import markdown, print_table
+from rtb_rl.tasks.text_to_image.settings import Budget, TextToImageSettings
+from rtb_rl.tasks.text_to_image.target import PromptTarget
+from rtb_rl.training.checkpoint import replace_file
+from rtb_rl.training.run import Run
+from rtb_rl.training.seeding import generator_for
+from rtb_rl.training.table import slug
+
+PRIOR = "prior"
+
+
+@dataclass(frozen=True)
+class TextToImageJob:
+    """An open run with all that is made before the posterior."""
+
+    settings: TextToImageSettings
+    budget: Budget
+    run: Run
+    prior: TextToImagePrior
+    target: PromptTarget
+    draws: PriorDraws
+    measure: Measure
+    references: Sequence[Reference]
+    """One for each prompt."""
+    classes: Sequence[str]
+    """Names of the classes of images, where there are any."""
+
+    @property
+    def condition(self) -> Tensor:
+        """The numbers of all prompts."""
+        return torch.arange(len(self.target.prompts), device=self.draws.x0.device)
+
+    def add(
+        self,
+        name: str,
+        draw: Callable[[Generator], Draws],
+        training: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Draw for every prompt and compare, unless that was done before; kept as row and samples.
+
+        `training`: the results of the posterior's run, for a method that was trained.
+        """
+        row, kept = (self._rows / f"{slug(name)}.{end}" for end in ("json", "safetensors"))
+        if row.exists():
+            return
+        generator = generator_for(self.settings.seed, name, device=self.draws.x0.device)
+        begun = time.monotonic()
+        draws = draw(generator)
+        found = {"method": name, **self.row(draws, time.monotonic() - begun, training)}
+        self._rows.mkdir(exist_ok=True)
+        replace_file(kept, save({"x0": self._shown(draws.x0).cpu().contiguous()}))
+        replace_file(row, json.dumps(found, indent=2).encode())
+
+    def row(
+        self, draws: Draws, seconds: float, training: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """One row of the table: a method's latents [prompts, n, C, h, w]."""
+        generator = generator_for(self.settings.seed, "compare", device=draws.x0.device)
+        measured = [self.measure(x0, number) for number, x0 in enumerate(draws.x0)]
+        pairs = list(zip(measured, self.references, strict=True))
+        rows = [compare(one, reference, generator=generator) for one, reference in pairs]
+        count = draws.x0.shape[0] * draws.x0.shape[1]
+        return {
+            **average_rows(rows),
+            **_of_reference(self.references),
+            "log_z": None if draws.log_z is None else float(draws.log_z.mean()),
+            "ess": None if draws.ess is None else float(draws.ess.mean()),
+            **_of_training(training),
+            "calls": draws.calls,
+            "seconds": seconds / count,
+            "draws": count,
+            "shares": _shares(measured),
+            "prompts": dict(zip(self.target.prompts.texts, rows, strict=True)),
+        }
+
+    @torch.no_grad()
+    def draw(self, posterior: TextToImagePosterior, generator: Generator) -> Draws:
+        """Draws of a trained posterior for every prompt, a batch at a time."""
+        numbers = self.condition.repeat_interleave(self.budget.draws)
+        batches = numbers.split(self.budget.draw_batch)
+        sampler = posterior.sampler
+        parts = [sampler.sample(part, 1, generator=generator)[:, 0] for part in batches]
+        x0 = torch.cat(parts).reshape(len(self.condition), self.budget.draws, *parts[0].shape[1:])
+        return Draws(x0, self.prior.diffusion.levels)
+
+    def draw_prior(self, generator: Generator) -> Draws:
+        """The first of the prior's draws, which are the reference's as well."""
+        return Draws(self.draws.x0[:, : self.budget.draws], self.prior.diffusion.levels)
+
+    def finish(self, names: Sequence[str]) -> None:
+        """Print the table, draw the figure, write table.md and results.json, in this order."""
+        found = [self._rows / f"{slug(name)}.json" for name in names]
+        rows = {row["method"]: row for row in (json.loads(path.read_text()) for path in found)}
+        samples = {
+            name + mark(rows[name]): load(path.with_suffix(".safetensors").read_bytes())["x0"]
+            for name, path in zip(names, found, strict=True)
+        }
+        self._draw(samples, {name + mark(row): row["shares"] for name, row in rows.items()})
+        prompts = self.target.prompts.texts
+        asked = repr(prompts[0]) if len(prompts) == 1 else f"{len(prompts)} prompts"
+        print_table(f"{asked}, {self.target.name}, beta {self.settings.beta:g}", rows)
+        replace_file(self.run.directory / "table.md", markdown(rows).encode())
+        self.run.finish({"methods": rows, "target": self.target.name, "classes": self.classes})
+        Console().print(
+            f"results: {self.run.directory / 'results.json'}, figure:"
+            f" {self.run.directory / 'figure.png'}\ncurves: tensorboard --logdir"
+            f" {self.run.directory}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    @property
+    def _rows(self) -> Path:
+        return self.run.directory / "rows"
+
+    def _shown(self, x0: Tensor) -> Tensor:
+        """As many latents as a grid has, of all prompts in turn: [n, C, h, w]."""
+        return x0[:, : SIDE**2].transpose(0, 1).flatten(0, 1)[: SIDE**2]
+
+    def _draw(self, samples: Mapping[str, Tensor], shares: Mapping[str, Any]) -> None:
+        """Images of reference and methods, and the shares of the classes among all draws."""
+        generator = generator_for(self.settings.seed, "figure", device=self.draws.x0.device)
+        kept = [one.draws.resample(SIDE**2, generator=generator)[0] for one in self.references]
+        held = {"reference": self._shown(torch.stack(kept)), **samples}
+        wanted = {"reference": self._wanted(), **shares} if self.classes else {}
+        device = self.draws.x0.device
+        images = {name: self.prior.decode(x0.to(device)) for name, x0 in held.items()}
+        figure = draw_figure(self.run.directory / "figure.png", images, wanted, self.classes)
+        self.run.log_figure(0, "evaluation", figure)
+
+    def _wanted(self) -> list[float]:
+        shares = [
+            one.mean(one.measured.probabilities)[0]
+            for one in self.references
+            if one.measured.probabilities is not None
+        ]
+        return torch.stack(shares).mean(0).tolist()
+
+
+def _shares(measured: Sequence[Measured]) -> list[float]:
+    """The shares of the classes among all draws; none without classes."""
+    held = [one.probabilities.mean(0) for one in measured if one.probabilities is not None]
+    return torch.stack(held).mean(0).tolist() if held else []
+
+
+def _of_reference(references: Sequence[Reference]) -> dict[str, float]:
+    log_z = torch.stack([one.draws.log_z for one in references])
+    errors = torch.stack([one.draws.standard_error for one in references])
+    return {
+        "reference_log_z": float(log_z.mean()),
+        "reference_log_z_error": float(errors.square().sum().sqrt() / len(errors)),
+        "reference_ess": float(torch.stack([one.draws.ess for one in references]).mean()),
+    }
+
+
+def _of_training(results: Mapping[str, Any] | None) -> dict[str, Any]:
+    if results is None:
+        return {"training_calls": 0, "training_seconds": 0.0}
+    diagnostics = results["diagnostics"]
+    return {
+        "log_z": diagnostics["log_z"],
+        "log_z_error": diagnostics["log_z_standard_error"],
+        "elbo": diagnostics["elbo"],
+        "ess": diagnostics["ess"],
+        "kl": diagnostics["kl"],
+        "training_calls": results["network_calls"],
+        "training_seconds": results["seconds"],
+    }

@@ -1,0 +1,98 @@
+"""A text-to-image posterior as plain diffusers loads it, with a card that says what it is."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import nn
+
+from rtb_rl.adapters.lora import lora_layers
+from rtb_rl.adapters.text_to_image import TextToImagePrior
+from rtb_rl.adapters.text_to_image_export import save_lora_weights, save_pipeline_with
+from rtb_rl.core import StartStep
+from rtb_rl.nn import LearnedStart
+from rtb_rl.training.checkpoint import replace_file
+from rtb_rl.training.diagnostics import trust
+from rtb_rl.training.task import Task
+
+START = "start.safetensors"
+
+CARD = """# {target}: a text-to-image posterior trained by rtb-rl
+
+Its law is p(image | prompt) r(image, prompt)^beta / Z(prompt) with beta = {beta:g} and
+r = {target}; p is the pipeline it was made from, with guidance {guidance:g} and {levels} steps, and
+no others. Trained on {prompts}.
+
+```python
+{usage}
+```
+{start}
+{trust}
+"""
+LORA = """pipeline = {kind}.from_pretrained(PRIOR)
+pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config, clip_sample=False)
+pipeline.load_lora_weights(FOLDER)
+{call}"""
+PIPELINE = """pipeline = {kind}.from_pretrained(FOLDER)
+{call}"""
+CALL = (
+    "pipeline(PROMPT, num_inference_steps={levels}, eta=1.0, guidance_scale={guidance:g}"
+    "{latents}).images"
+)
+LEARNED = """
+The first noise has a law of its own: with `start` from {file}, `mean, log_scale = start` and
+`latents = mean + log_scale.exp() * torch.randn(...)`.
+"""
+
+
+def export_posterior(
+    directory: Path,
+    prior: TextToImagePrior,
+    task: Task,
+    unet: nn.Module,
+    *,
+    beta: float,
+    diagnostics: Mapping[str, float],
+) -> None:
+    """Write lora/ for a network with adapters, else pipeline/, where it is not there yet."""
+    folder = directory / ("lora" if lora_layers(unet) else "pipeline")
+    if not (folder / "README.md").exists():
+        card = model_card(prior, task, unet, beta=beta, diagnostics=diagnostics)
+        write = save_lora_weights if lora_layers(unet) else save_pipeline_with
+        write(folder, prior.pipeline, unet, card=card)
+    if isinstance(task.posterior, LearnedStart) and not (folder / START).exists():
+        start = task.posterior.start.detach().cpu().contiguous()
+        replace_file(folder / START, save({"start": start}))
+
+
+def model_card(
+    prior: TextToImagePrior,
+    task: Task,
+    unet: nn.Module,
+    *,
+    beta: float,
+    diagnostics: Mapping[str, float],
+) -> str:
+    """Reward, beta, how to sample it, and how far it is from its target, as Markdown."""
+    learned = isinstance(task.diffusion, StartStep)
+    call = CALL.format(
+        levels=prior.diffusion.levels,
+        guidance=prior.guidance,
+        latents=", latents=latents" if learned else "",
+    )
+    usage = LORA if lora_layers(unet) else PIPELINE
+    texts = prior.prompts.texts
+    return CARD.format(
+        target=task.name,
+        beta=beta,
+        guidance=prior.guidance,
+        levels=prior.diffusion.levels,
+        prompts=f"the prompt {texts[0]!r}" if len(texts) == 1 else f"{len(texts)} prompts",
+        usage=usage.format(
+            kind=type(prior.pipeline).__name__,
+            scheduler=type(prior.pipeline.scheduler).__name__,
+            call=call,
+        ),
+        start=LEARNED.format(file=START) if learned else "",
+        trust=trust(diagnostics),
+    )

@@ -1,0 +1,68 @@
+"""Rewards by what is written on a command line."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any, cast
+
+from rtb_rl.adapters.image_reward import image_reward
+from rtb_rl.adapters.preference import clip_score, hps, laion_aesthetic, pick_score
+from rtb_rl.errors import InputError
+from rtb_rl.tasks.image.rewards import jpeg_compressibility, jpeg_incompressibility
+from rtb_rl.tasks.text_to_image.colours import ColourScore
+from rtb_rl.tasks.text_to_image.outlines import ShapeScore
+from rtb_rl.tasks.text_to_image.rewards import PromptReward, without_prompt
+from rtb_rl.tasks.text_to_image.shapes import ShapesReward, wanted
+
+STRENGTH = 4.0  # nats between an image of the cell that is asked for and one that has nothing of it
+
+
+def named_reward(name: str) -> PromptReward:
+    """The reward of that name: see TextToImageSettings.reward. InputError for an unknown one.
+
+    Models are loaded here.
+    """
+    kind, _, argument = name.partition(":")
+    makers: dict[str, Callable[[str], Any]] = {
+        "cell": _cell,
+        "colour": lambda word: ColourScore(word or None),
+        "shape": lambda word: ShapeScore(word or None),
+        "compressible": lambda _: without_prompt(jpeg_compressibility()),
+        "incompressible": lambda _: without_prompt(jpeg_incompressibility()),
+        "clip": lambda source: _given(clip_score, source),
+        "pick-score": lambda source: _given(pick_score, source),
+        "hps": lambda source: _given(hps, source),
+        "aesthetic": lambda head: laion_aesthetic(head=head) if head else laion_aesthetic(),
+        "image-reward": lambda model: _given(image_reward, model),
+    }
+    if kind in makers:
+        return makers[kind](argument)
+    if "." in kind and argument:
+        return _imported(kind, argument)
+    raise InputError(
+        f"there is no reward {name!r}; give one of {', '.join(makers)}, with what belongs to it"
+        " behind a colon, or PACKAGE.MODULE:FACTORY"
+    )
+
+
+def _given(make: Callable[..., Any], argument: str) -> Any:
+    return make(argument) if argument else make()
+
+
+def _cell(argument: str) -> ShapesReward:
+    words = argument.split()
+    if len(words) != 2:
+        raise InputError(
+            f"the reward cell needs a colour and a shape, not {argument!r}; give for example"
+            " 'cell:yellow triangle'"
+        )
+    return ShapesReward(wanted(words[0], words[1], STRENGTH))
+
+
+def _imported(module: str, factory: str) -> PromptReward:
+    try:
+        made: Any = getattr(importlib.import_module(module), factory)()
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"the reward {module}:{factory} can't be imported ({error})") from error
+    if not callable(made):
+        raise InputError(f"{module}:{factory}() returned {type(made).__name__}, not a function")
+    return cast(PromptReward, made)
