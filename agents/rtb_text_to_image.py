@@ -22,6 +22,7 @@ import tyro
 from accelerate import Accelerator
 from rich.console import Console
 
+from rtb_rl import InputError
 from rtb_rl.tasks.text_to_image import (
     PRIOR,
     TextToImageSettings,
@@ -56,12 +57,19 @@ class Settings(TextToImageSettings):
 
 
 def chosen(settings: Settings) -> dict[str, Any]:
-    """What the flags change of the posterior's settings."""
+    """What the flags change of the posterior's settings; InputError for a rank that is none."""
+    rank = settings.lora_rank
+    if rank is not None and (rank < 1 or settings.all_weights):
+        raise InputError(
+            f"lora_rank {rank} doesn't go with all_weights; give one of them"
+            if settings.all_weights
+            else f"adapters of rank {rank} hold nothing; give 1 or more, or all_weights"
+        )
     flags = ("per_dimension", "learned_start", "gradient_checkpointing", "eight_bit")
     changed: dict[str, Any] = {name: True for name in flags if getattr(settings, name)}
-    if settings.lora_rank is not None:
-        changed["lora_rank"] = settings.lora_rank
-    return changed | ({"lora_rank": None} if settings.all_weights else {})
+    if rank is not None or settings.all_weights:
+        changed["lora_rank"] = rank
+    return changed
 
 
 def main(settings: Settings) -> None:

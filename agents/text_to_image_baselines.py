@@ -4,7 +4,8 @@
 
 Training-free: best of N, importance resampling, FK steering. Trained: DDPO, DPOK, and adjoint
 matching where the reward has a gradient. Each may spend as many network calls a draw as the run of
-rtb_text_to_image that it shares, training included; a backward pass counts as two calls.
+rtb_text_to_image that it shares, training included. A call is a row of the guided denoiser; a
+backward pass counts as two.
 """
 
 from dataclasses import dataclass, replace
@@ -32,6 +33,9 @@ from rtb_rl.tasks.text_to_image import (
     text_to_image_task,
     trained_baselines,
 )
+from rtb_rl.tasks.text_to_image.job import prompts_of, reward_of
+from rtb_rl.tasks.text_to_image.named_rewards import named_reward
+from rtb_rl.tasks.text_to_image.rewards import is_differentiable
 from rtb_rl.training import generator_for
 from rtb_rl.training.equal_calls import Spent, spent_by, updates_within
 from rtb_rl.training.table import slug
@@ -63,10 +67,10 @@ class Settings(TextToImageSettings):
 def updates(job: TextToImageJob, method: Baseline, calls: float) -> int:
     """Updates that cost so many network calls, by the price of one."""
     settings, seed = job.budget.posterior, job.settings.seed
-    task, unet = text_to_image_task(job.prior, job.target, settings, seed=seed)
+    task, _ = text_to_image_task(job.prior, job.target, settings, seed=seed)
     generator = generator_for(seed, "price", device=job.draws.x0.device)
     given = (task, job.target, job.prior.prompts, settings, generator, Accelerator())
-    return updates_within(calls, partial(method, *given), {job.prior.pipeline.unet, unet})
+    return updates_within(calls, partial(method, *given), {job.prior.denoiser, task.posterior})
 
 
 def fit(job: TextToImageJob, method: Baseline, calls: float) -> TextToImagePosterior:
@@ -90,20 +94,30 @@ def calls_of_rtb(settings: Settings) -> Spent:
         raise InputError(
             "baselines stand on a run of rtb_text_to_image; name its directory with --share"
         )
-    return spent_by(run, "rtb", "rtb_text_to_image", {"beta": settings.beta})
+    prompts, reward = list(prompts_of(settings).texts), reward_of(settings)
+    asked = {"prior": settings.prior, "prompts": prompts, "reward": reward, "beta": settings.beta}
+    return spent_by(run, "rtb", "rtb_text_to_image", asked)
 
 
-def chosen_methods(settings: Settings, *, differentiable: bool) -> tuple[str, ...]:
-    """The names of what is run; InputError for a name that there is not."""
+def check_methods(settings: Settings) -> None:
+    """InputError for a method that there is not, or not for this reward."""
     known = (*FREE, *trained_baselines())
     if unknown := [name for name in settings.methods if name not in known]:
         raise InputError(
             f"there is no method {unknown[0]!r}; there are {', '.join(map(repr, known))}"
         )
-    if not differentiable and NEEDS_GRADIENT in settings.methods:
-        raise InputError(f"{NEEDS_GRADIENT} needs a reward with a gradient, and this one has none")
-    allowed = known if differentiable else [name for name in known if name != NEEDS_GRADIENT]
-    return settings.methods or tuple(allowed)
+    reward = reward_of(settings)
+    if NEEDS_GRADIENT in settings.methods and not is_differentiable(named_reward(reward)):
+        raise InputError(
+            f"{NEEDS_GRADIENT} needs a reward with a gradient, and {reward!r} has none; leave that"
+            " method out"
+        )
+
+
+def all_methods(*, differentiable: bool) -> tuple[str, ...]:
+    """The names of all that the reward allows."""
+    known = (*FREE, *trained_baselines())
+    return tuple(name for name in known if differentiable or name != NEEDS_GRADIENT)
 
 
 def measure(job: TextToImageJob, name: str, budget: CallBudget, training: float) -> None:
@@ -113,7 +127,7 @@ def measure(job: TextToImageJob, name: str, budget: CallBudget, training: float)
         posterior = fit(job, fitted[name], training)
         return job.add(name, partial(job.draw, posterior), posterior.results)
     model = (job.prior.diffusion, job.prior.denoiser, job.measure.log_reward, job.condition)
-    given: dict[str, Any] = {"budget": budget, "beta": job.settings.beta}
+    given: dict[str, Any] = {"budget": budget, "beta": job.beta}
     if name != "FK steering":
         given["batch"] = job.budget.draw_batch
     method = partial(FREE[name], *model, **given)
@@ -126,8 +140,10 @@ def main(settings: Settings) -> None:
         raise InputError("the baselines train in one process; start them without a launcher")
     spent = calls_of_rtb(settings)
     rank: dict[str, Any] = {"lora_rank": settings.lora_rank} if settings.lora_rank else {}
+    check_methods(settings)
     job = open_text_to_image_job(settings, program="text_to_image_baselines", **rank)
-    names = chosen_methods(settings, differentiable=job.measure.log_reward.differentiable)
+    differentiable = job.measure.log_reward.differentiable
+    names = settings.methods or all_methods(differentiable=differentiable)
     budget = CallBudget(settings.calls or spent.each, job.budget.draws, job.prior.diffusion.levels)
     for name in names:
         Console().print(f"[bold]{name}[/bold]")

@@ -15,14 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tyro
 from safetensors.torch import load
 
 from rtb_rl.errors import InputError
 from rtb_rl.tasks.image import to_images
 from rtb_rl.tasks.image.report import draw_figure, mark, markdown
-from rtb_rl.training.table import slug
+from rtb_rl.training.table import mean_over_seeds, slug
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -55,23 +54,6 @@ def rows_of(directory: Path) -> list[dict[str, Any]]:
         "manifest": manifest,
     }
     return [{**shared, **row} for row in results["methods"].values()]
-
-
-def mean_over_seeds(rows: Rows) -> dict[str, Any]:
-    """The mean of every number over several seeds, with the error of such a mean."""
-    if len(rows) == 1:
-        return dict(rows[0])
-    numbers = [name for name, value in rows[0].items() if isinstance(value, int | float)]
-    found: dict[str, Any] = {}
-    for name in numbers:
-        of_draws = name.endswith("_error") and not name.startswith("reference_")
-        if of_draws and name.removesuffix("_error") in numbers:
-            continue  # seeds say more
-        values = [row[name] for row in rows if row[name] is not None]
-        found[name] = float(np.mean(values))
-        if f"{name}_error" in rows[0] and not name.startswith("reference_"):
-            found[f"{name}_error"] = float(np.std(values, ddof=1) / len(values) ** 0.5)
-    return {**dict.fromkeys(rows[0]), **found}
 
 
 def tables(rows: Rows) -> str:

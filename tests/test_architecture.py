@@ -35,6 +35,8 @@ MAY_IMPORT = {
     "agents": {"", *LIBRARY},
     "benchmarks": {"", *LIBRARY},
 }
+# a task -> the other tasks that it may import
+TASKS_MAY_IMPORT = {"text_to_image": {"image"}}
 MAY_IMPORT_FROM_OUTSIDE = {"core": {"torch"}, "nn": {"torch"}, "errors": set()}
 
 NOT_IN_CORE = {"action", "prompt", "pixel", "state"}
@@ -131,6 +133,18 @@ def import_direction(source: Source) -> Iterator[str]:
             yield f"imports {target}"
 
 
+def task_imports(source: Source) -> Iterator[str]:
+    """A task knows the others of TASKS_MAY_IMPORT only."""
+    if not source.path.startswith("rtb_rl/tasks/"):
+        return
+    own = source.path.split("/")[2].removesuffix(".py")
+    allowed = TASKS_MAY_IMPORT.get(own, set()) | {own}
+    for module, name in source.imports():
+        parts = f"{module}.{name}".split(".")
+        if parts[:2] == ["rtb_rl", "tasks"] and parts[2] not in allowed:
+            yield f"imports the task {parts[2]}"
+
+
 def outside_imports(source: Source) -> Iterator[str]:
     """Rooms in MAY_IMPORT_FROM_OUTSIDE need that and the standard library only."""
     if source.room in MAY_IMPORT_FROM_OUTSIDE:
@@ -223,6 +237,18 @@ EXAMPLES = {
             "baselines: from rtb_rl.nn import MLP",
             "agents: from agents.iql import main",
             "agents: from . import iql",
+        ],
+    ),
+    task_imports: (
+        [
+            "rtb_rl/tasks/text_to_image/job.py: from rtb_rl.tasks.image.report import mark",
+            "rtb_rl/tasks/image/job.py: from rtb_rl.tasks.image import report",
+            "rtb_rl/exactness/fit.py: from rtb_rl.tasks.toy import line",
+        ],
+        [
+            "rtb_rl/tasks/image/job.py: from rtb_rl.tasks.language import report",
+            "rtb_rl/tasks/language/job.py: import rtb_rl.tasks.image.report",
+            "rtb_rl/tasks/image/job.py: from rtb_rl.tasks import text_to_image",
         ],
     ),
     outside_imports: (

@@ -223,7 +223,8 @@ def test_a_program_has_the_agreed_options(name):
     settings = importlib.import_module(f"rtb_rl.agents.{name}").Settings
     fields = {field.name: field for field in dataclasses.fields(settings)}
     assert settings.__dataclass_params__.frozen and settings.__doc__
-    data = {"image": {"data", "target"}, "language": {"data", "reward"}}
+    data = {"text_to_image": {"prior", "prompts", "reward"}}  # the longer name first
+    data |= {"image": {"data", "target"}, "language": {"data", "reward"}}
     own = next((data[word] for word in data if word in name), {"dataset", "env_id"})
     assert own | {"out", "seed", "budget"} <= set(fields)
     words = [word for option in sorted(own) for word in (f"--{option.replace('_', '-')}", "x")]

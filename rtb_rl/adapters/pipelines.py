@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rtb_rl.adapters.extras import extra
+from rtb_rl.adapters.extras import extra, without_progress
 from rtb_rl.adapters.schedulers import (
     Scheduler,
     ddpm_scheduler,
@@ -23,7 +23,6 @@ from rtb_rl.errors import InputError
 with extra("image"):
     from diffusers.models.unets.unet_2d import UNet2DModel
     from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
-    from diffusers.utils import logging
 
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
 
@@ -55,8 +54,7 @@ def load_pipeline(source: str | Path) -> DDPMPipeline:
         index = DDPMPipeline.load_config(str(source))
         assert isinstance(index, dict)
         if (kind := index.get("_class_name")) in PIPELINES:
-            with _without_progress():
-                return DDPMPipeline.from_pretrained(str(source))
+            return DDPMPipeline.from_pretrained(str(source))
     raise InputError(
         f"{str(source)!r} holds a {kind}, not an unconditional pipeline; give one of"
         f" {', '.join(PIPELINES)}"
@@ -112,9 +110,10 @@ def refuse_adapters(unet: nn.Module) -> None:
 
 @contextmanager
 def reading_pipeline(source: str | Path) -> Iterator[None]:
-    """Turn what diffusers says of a source that it can't read into an InputError."""
+    """Turn what diffusers says of a source that it can't read into an InputError; no bars."""
     try:
-        yield
+        with without_progress():
+            yield
     except (OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(
@@ -128,26 +127,15 @@ def reading_pipeline(source: str | Path) -> Iterator[None]:
 def replacing(directory: str | Path, marker: str, kind: str) -> Iterator[Path]:
     """A folder beside `directory`, to be written, that takes its place at the end.
 
-    What is there must have the file `marker`, which makes it a `kind`; else InputError.
+    What is there must have the file `marker`, which makes it a `kind`; else InputError. No bars.
     """
     directory = Path(directory)
     if directory.exists() and not (directory / marker).is_file():
         raise InputError(f"{directory} exists and is no {kind}; give a new directory")
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    yield partial
+    with without_progress():
+        yield partial
     if directory.exists():
         shutil.rmtree(directory)
     partial.rename(directory)
-
-
-@contextmanager
-def _without_progress() -> Iterator[None]:
-    """A pipeline of two parts needs no bar."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -103,7 +103,10 @@ def load_text_to_image(
     if kind == StableDiffusionPipeline.__name__:
         settings = {"safety_checker": None, "requires_safety_checker": False}
     with reading_pipeline(source):
-        pipeline = PIPELINES[kind].from_pretrained(str(source), **settings).to(dtype)
+        pipeline = PIPELINES[kind].from_pretrained(str(source), **settings)
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module) and part.dtype != dtype:  # diffusers warns of any cast
+            part.to(dtype)
     if ancestral:
         pipeline.register_modules(scheduler=ancestral_scheduler(pipeline.scheduler))
     if any(index.get("safety_checker") or ()):

@@ -29,7 +29,8 @@ def check_pipeline(pipeline: TextToImagePipeline, guidance: float) -> None:
         check_scheduler(pipeline.scheduler)
     except InputError as error:
         raise InputError(
-            f"{error}; or load the pipeline with load_text_to_image(source, ancestral=True)"
+            f"{error}; or load the pipeline with load_text_to_image(source, ancestral=True), which"
+            " is --ancestral on the command line"
         ) from error
     if guidance < 1:
         raise InputError(

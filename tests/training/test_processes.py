@@ -6,35 +6,38 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from two_processes import parameters_after_training
+from two_processes import TASKS
 
 from rtb_rl.training import Run, train
 
 
-def test_two_processes_match_one_on_the_same_batch(tmp_path):
+@pytest.mark.parametrize(("task", "rounding"), [("toy", 1e-7), ("text-to-image", 1e-5)])
+def test_two_processes_match_one_on_the_same_batch(task, rounding, tmp_path):
     script = Path(__file__).with_name("two_processes.py")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    tests = str(script.parents[1])  # where the tiny pipelines are
+    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": tests}
     environment |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     started = [
         subprocess.Popen(
-            [sys.executable, str(script), str(tmp_path)],
+            [sys.executable, str(script), task, str(tmp_path)],
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(2)
     ]
     assert [process.wait(timeout=120) for process in started] == [0, 0]
-    expected = parameters_after_training(Accelerator(cpu=True))
-    for rank in range(2):
-        found = load_file(tmp_path / f"{rank}.safetensors")
-        assert found.keys() == expected.keys()
-        for name, value in expected.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7)
+    expected = TASKS[task](Accelerator(cpu=True))
+    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
+    assert first.keys() == second.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], value, rtol=1e-5, atol=rounding)
 
 
 class Counter:

@@ -84,6 +84,20 @@ def diversity(features: Tensor) -> Estimate:
     return Estimate(float(of_row.mean()), 2 * float(of_row.std()) / count**0.5)
 
 
+def weighted_diversity(features: Tensor, log_weight: Tensor) -> float:
+    """The same of rows with weights: 1 - (|sum w u|^2 - sum w^2) / (1 - sum w^2), u the unit rows.
+
+    Pairs of a row with itself are left out, so that few effective rows make it noisy, not small.
+    `log_weight`: [n], nats. Zero where a single row has all the weight.
+    """
+    unit = functional.normalize(features.double(), dim=1)
+    weight = log_weight.double().softmax(0)
+    squares = float(weight.square().sum())
+    if 1 - squares < 1e-12:
+        return 0.0
+    return 1 - (float((weight @ unit).square().sum()) - squares) / (1 - squares)
+
+
 def class_histogram(logits: Tensor) -> Tensor:
     """The share of images whose most probable class is each: float64 [classes]."""
     count = torch.bincount(logits.argmax(-1), minlength=logits.shape[-1])

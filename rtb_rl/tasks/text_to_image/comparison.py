@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from safetensors.torch import load, save
 from torch import Generator, Tensor
 
@@ -22,9 +23,11 @@ from rtb_rl.tasks.text_to_image.reference import PriorDraws
 from rtb_rl.tasks.text_to_image.report import markdown, print_table
 from rtb_rl.tasks.text_to_image.settings import Budget, TextToImageSettings
 from rtb_rl.tasks.text_to_image.target import PromptTarget
+from rtb_rl.tasks.text_to_image.trainers import nominal_beta
 from rtb_rl.training.checkpoint import replace_file
 from rtb_rl.training.run import Run
 from rtb_rl.training.seeding import generator_for
+from rtb_rl.training.stage import fingerprint
 from rtb_rl.training.table import slug
 
 PRIOR = "prior"
@@ -47,6 +50,11 @@ class TextToImageJob:
     """Names of the classes of images, where there are any."""
 
     @property
+    def beta(self) -> float:
+        """That of the target, p r^beta: see nominal_beta."""
+        return nominal_beta(self.budget.posterior, self.prior.diffusion.event_shape)
+
+    @property
     def condition(self) -> Tensor:
         """The numbers of all prompts."""
         return torch.arange(len(self.target.prompts), device=self.draws.x0.device)
@@ -57,7 +65,8 @@ class TextToImageJob:
         draw: Callable[[Generator], Draws],
         training: Mapping[str, Any] | None = None,
     ) -> None:
-        """Draw for every prompt and compare, unless that was done before; kept as row and samples.
+        """Draw for every prompt and compare, unless that was done before; kept as row and samples
+        (latents `x0`, and the `images` that they decode to, uint8 [n, 3, H, W]).
 
         `training`: the results of the posterior's run, for a method that was trained.
         """
@@ -69,17 +78,19 @@ class TextToImageJob:
         draws = draw(generator)
         found = {"method": name, **self.row(draws, time.monotonic() - begun, training)}
         self._rows.mkdir(exist_ok=True)
-        replace_file(kept, save({"x0": self._shown(draws.x0).cpu().contiguous()}))
+        shown = self._shown(draws.x0)
+        images = (255 * self.prior.decode(shown)).round().to(torch.uint8)
+        held = {"x0": shown, "images": images}
+        replace_file(kept, save({key: value.cpu().contiguous() for key, value in held.items()}))
         replace_file(row, json.dumps(found, indent=2).encode())
 
     def row(
         self, draws: Draws, seconds: float, training: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
         """One row of the table: a method's latents [prompts, n, C, h, w]."""
-        generator = generator_for(self.settings.seed, "compare", device=draws.x0.device)
         measured = [self.measure(x0, number) for number, x0 in enumerate(draws.x0)]
         pairs = list(zip(measured, self.references, strict=True))
-        rows = [compare(one, reference, generator=generator) for one, reference in pairs]
+        rows = [compare(one, reference) for one, reference in pairs]
         count = draws.x0.shape[0] * draws.x0.shape[1]
         return {
             **average_rows(rows),
@@ -119,9 +130,12 @@ class TextToImageJob:
         self._draw(samples, {name + mark(row): row["shares"] for name, row in rows.items()})
         prompts = self.target.prompts.texts
         asked = repr(prompts[0]) if len(prompts) == 1 else f"{len(prompts)} prompts"
-        print_table(f"{asked}, {self.target.name}, beta {self.settings.beta:g}", rows)
+        title = f"{asked}, {self.target.name}, beta {self.beta:g}"
+        print_table(escape(title), rows)
         replace_file(self.run.directory / "table.md", markdown(rows).encode())
-        self.run.finish({"methods": rows, "target": self.target.name, "classes": self.classes})
+        prior = {"prior_sha256": fingerprint(self.prior.pipeline.unet)}
+        target = {"target": self.target.name, "classes": self.classes}
+        self.run.finish({"methods": rows, **target, **prior})
         Console().print(
             f"results: {self.run.directory / 'results.json'}, figure:"
             f" {self.run.directory / 'figure.png'}\ncurves: tensorboard --logdir"

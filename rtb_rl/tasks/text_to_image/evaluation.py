@@ -4,13 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.nn import functional
 
 from rtb_rl.baselines.selection import ImportanceReference
 from rtb_rl.tasks.image.evaluation import COLLAPSED, excess
-from rtb_rl.tasks.image.metrics import diversity, total_variation
+from rtb_rl.tasks.image.metrics import diversity, total_variation, weighted_diversity
 from rtb_rl.tasks.text_to_image.target import LatentReward
+from rtb_rl.training.scoring import LOG_REWARD_FLOOR
 
 QUANTILES = (0.05, 0.5, 0.95)
 FIELDS = 8  # a side, of the images that are compared without an embedder
@@ -54,7 +55,8 @@ class Measure:
             images = self.log_reward.prior.decode(part)
             if log_reward is None:
                 condition = torch.full((len(part),), number, device=part.device)
-                rewards.append(self.log_reward.of_images(images, condition))
+                found = self.log_reward.of_images(images, condition)
+                rewards.append(found.clamp(min=LOG_REWARD_FLOOR))
             features.append(self.embed(images))
             if log_probs is not None:
                 probabilities.append(log_probs(images).double().exp())
@@ -77,13 +79,8 @@ class Reference:
         mean, error = self.draws.mean(values.unsqueeze(0).double())
         return mean[0], error[0]
 
-    def resampled(self, values: Tensor, count: int, *, generator: Generator) -> Tensor:
-        """Rows of values [n, ...] by weight: [count, ...]."""
-        held = ImportanceReference(values.unsqueeze(0), self.draws.log_weight)
-        return held.resample(count, generator=generator)[0]
 
-
-def compare(found: Measured, reference: Reference, *, generator: Generator) -> dict[str, float]:
+def compare(found: Measured, reference: Reference) -> dict[str, float]:
     """Images of one prompt against the target.
 
     `log_reward` with its standard error and its excess over the reference in standard errors;
@@ -96,13 +93,12 @@ def compare(found: Measured, reference: Reference, *, generator: Generator) -> d
     marks = torch.tensor(QUANTILES, dtype=torch.float64, device=found.log_reward.device)
     quantiles = found.log_reward.double().quantile(marks).tolist()
     spread = diversity(found.features[:DIVERSITY_DRAWS])
-    count = min(len(found.features), DIVERSITY_DRAWS)
-    wanted = reference.resampled(reference.measured.features, count, generator=generator)
+    wanted = weighted_diversity(reference.measured.features, reference.draws.log_weight[0])
     row |= dict(zip(("low", "median", "high"), quantiles, strict=True))
     row |= {
         "diversity": spread.mean,
         "diversity_error": spread.standard_error,
-        "reference_diversity": diversity(wanted).mean,
+        "reference_diversity": wanted,
         "collapsed": float(row["log_reward_excess"] > COLLAPSED),
     }
     if found.probabilities is not None and reference.measured.probabilities is not None:

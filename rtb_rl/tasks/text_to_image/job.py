@@ -1,10 +1,12 @@
 """What every text-to-image program begins with: prompts, reward, pipeline, draws of the prior."""
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from rtb_rl.adapters.preference import clip_embedder
 from rtb_rl.adapters.prompts import TextToImagePipeline
@@ -19,7 +21,6 @@ from rtb_rl.tasks.text_to_image.evaluation import Measure, Reference, pixel_fiel
 from rtb_rl.tasks.text_to_image.named_rewards import named_reward
 from rtb_rl.tasks.text_to_image.prompt_lists import PromptList, prompt_list, read_prompts
 from rtb_rl.tasks.text_to_image.reference import PriorDraws, prior_draws
-from rtb_rl.tasks.text_to_image.rewards import CheckedReward, PromptReward
 from rtb_rl.tasks.text_to_image.settings import (
     SHAPES,
     SHAPES_PROMPT,
@@ -28,9 +29,10 @@ from rtb_rl.tasks.text_to_image.settings import (
     TextToImageSettings,
     budget_for,
 )
-from rtb_rl.tasks.text_to_image.shapes import CELLS, SIZE, cell_log_probs
-from rtb_rl.tasks.text_to_image.shapes_prior import fit_shapes_prior
+from rtb_rl.tasks.text_to_image.shapes import CELLS, cell_log_probs
+from rtb_rl.tasks.text_to_image.shapes_prior import fit_shapes_prior, new_shapes_pipeline
 from rtb_rl.tasks.text_to_image.target import MakeLogZ, PromptTarget, learned_log_z
+from rtb_rl.tasks.text_to_image.trainers import nominal_beta
 from rtb_rl.training.run import Run
 from rtb_rl.training.seeding import generator_for
 from rtb_rl.training.stage import device_for_training
@@ -49,21 +51,25 @@ def open_text_to_image_job(
     InputError for prompts, a reward, a pipeline or a shared run that don't fit, before anything is
     trained or written.
     """
-    prompts, name = prompts_of(settings), settings.reward or _default_reward(settings)
+    prompts, name = prompts_of(settings), reward_of(settings)
     reward = named_reward(name)
     budget = _budget(settings, posterior)
+    _check_finished(settings)
     embed = pixel_fields if settings.embedder is None else clip_embedder(settings.embedder)
-    pipeline = _check(settings, prompts, name, reward)
+    prior = _open(_pipeline(settings, budget), prompts, settings, budget)
+    target = PromptTarget(name, reward, prompts, make_log_z)
+    log_probs = cell_log_probs if settings.prior == SHAPES else None
+    _check_measures(target, prior, [embed] if log_probs is None else [embed, log_probs])
+    make_log_z(prior.prompts, budget.posterior.finetune.mix.total, generator_for(0, "check"))
     given = {key: value for key, value in asdict(settings).items() if key not in ("out", "share")}
-    config = {**given, "prompts": list(prompts.texts), "reward": name, "program": program}
-    config["settings"] = asdict(budget)
+    facts = {**prompts.facts, "reward": name, "settings": asdict(budget), "program": program}
     root = settings.share or settings.out
     with Accelerator().main_process_first():
-        run = Run(settings.out, config)
-        if pipeline is None:
-            pipeline = fit_shapes_prior(root / "prior", budget.prior, seed=settings.prior_seed)
-        prior = _open(pipeline, prompts, settings, budget)
-        target = PromptTarget(name, reward, prompts, make_log_z)
+        if settings.share is None:
+            Run(settings.out, {**given, **facts})
+        if budget.prior is not None:
+            made = fit_shapes_prior(root / "prior", budget.prior, seed=settings.prior_seed)
+            prior = _open(made, prompts, settings, budget)
         draws = prior_draws(
             root / "reference",
             prior,
@@ -72,10 +78,11 @@ def open_text_to_image_job(
             batch=budget.draw_batch,
             seed=settings.prior_seed,
         )
-    log_probs = cell_log_probs if settings.prior == SHAPES else None
+        run = Run(settings.out, {**given, **facts})
     measure = Measure(target.log_reward(prior), embed, log_probs, budget.draw_batch)
     classes = [" ".join(cell) for cell in CELLS] if settings.prior == SHAPES else []
-    references = _references(draws, measure, settings.beta)
+    beta = nominal_beta(budget.posterior, prior.diffusion.event_shape)
+    references = _references(draws, measure, beta)
     return TextToImageJob(settings, budget, run, prior, target, draws, measure, references, classes)
 
 
@@ -94,14 +101,25 @@ def prompts_of(settings: TextToImageSettings) -> PromptList:
     return prompt_list(SHAPES_PROMPT)
 
 
-def _default_reward(settings: TextToImageSettings) -> str:
-    if settings.prior != SHAPES:
+def reward_of(settings: TextToImageSettings) -> str:
+    """The name of that given, or of that of shapes. InputError for none, and for one that is of
+    shapes alone with another pipeline.
+    """
+    if settings.prior == SHAPES:
+        return settings.reward or SHAPES_REWARD
+    if settings.reward is None:
         raise InputError(f"no reward is given for {settings.prior!r}; give --reward")
-    return SHAPES_REWARD
+    if settings.reward.startswith("cell:"):
+        raise InputError(
+            f"the reward {settings.reward!r} is of shapes alone; give another for your pipeline"
+        )
+    return settings.reward
 
 
 def _budget(settings: TextToImageSettings, posterior: dict[str, Any]) -> Budget:
-    """The budget of that name with what was asked for otherwise."""
+    """The budget of that name with what was asked for otherwise. InputError for too few draws."""
+    if settings.draws is not None and settings.draws < 2:
+        raise InputError(f"{settings.draws} draws can't be compared; give 2 or more")
     budget = budget_for(settings.budget, settings.prior)
     asked = {name: getattr(settings, name) for name in ("levels", "guidance", "draws")}
     changed = {name: value for name, value in asked.items() if value is not None}
@@ -111,26 +129,51 @@ def _budget(settings: TextToImageSettings, posterior: dict[str, Any]) -> Budget:
     return replace(budget, posterior=tuned, **changed)
 
 
-def _check(
-    settings: TextToImageSettings, prompts: PromptList, name: str, reward: PromptReward
-) -> TextToImagePipeline | None:
-    """The pipeline where one is given; InputErrors for what would fail later."""
-    if settings.share is not None and not (settings.share / "reference/results.json").exists():
+def _check_finished(settings: TextToImageSettings) -> None:
+    """InputError where the run to share lacks a stage."""
+    if settings.share is None:
+        return
+    stages = ["reference", *["prior"] * (settings.prior == SHAPES)]
+    lacking = [name for name in stages if not (settings.share / name / "results.json").exists()]
+    if lacking:
         raise InputError(
-            f"{settings.share} holds no finished prior and reference; finish that run first, or"
-            " leave share out"
+            f"{settings.share} holds no finished run for this prior: {', '.join(lacking)} not"
+            " complete; finish that run first, or leave share out"
         )
-    if settings.prior == SHAPES:
-        generator = generator_for(0, "check")
-        images = torch.rand((2, 3, SIZE, SIZE), generator=generator)
-        texts = [prompts.texts[0]] * 2
-        CheckedReward(reward)(images, texts, [dict(prompts.metadata[0])] * 2)
-        return None
-    if name.startswith("cell:"):
-        raise InputError(f"the reward {name!r} is of shapes alone; give another for your pipeline")
-    return load_text_to_image(settings.prior, ancestral=settings.ancestral).to(
-        device_for_training()
-    )
+
+
+def _pipeline(settings: TextToImageSettings, budget: Budget) -> TextToImagePipeline:
+    """That given, or one of shapes before it is trained, which can be checked like it."""
+    if budget.prior is not None:
+        pipeline = new_shapes_pipeline(budget.prior, generator=generator_for(0, "check"))
+    else:
+        pipeline = load_text_to_image(settings.prior, ancestral=settings.ancestral)
+    return pipeline.to(device_for_training())
+
+
+@torch.no_grad()
+def _check_measures(
+    target: PromptTarget, prior: TextToImagePrior, measures: list[Callable[[Tensor], Tensor]]
+) -> None:
+    """InputError or NonFiniteError for a reward, or another measure, that doesn't suit images of
+    this pipeline; tried on noise for the first and the last prompt.
+    """
+    device, factor = prior.diffusion.signal.device, prior.pipeline.vae_scale_factor
+    shape = (2, 3, *(factor * side for side in prior.diffusion.event_shape[1:]))
+    images = torch.rand(shape, generator=generator_for(0, "check", device=device), device=device)
+    condition = torch.tensor([0, len(target.prompts) - 1], device=device)
+    try:
+        target.log_reward(prior).of_images(images, condition)
+    except InputError:
+        raise
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(
+            f"the reward {target.name!r} fails on images {tuple(images.shape)} of this pipeline"
+            f" ({reason}); give one made for such images"
+        ) from error
+    for measure in measures:
+        measure(images)
 
 
 def _open(

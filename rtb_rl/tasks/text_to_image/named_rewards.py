@@ -1,6 +1,9 @@
 """Rewards by what is written on a command line."""
 
 import importlib
+import importlib.util
+import os
+import sys
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -19,7 +22,8 @@ STRENGTH = 4.0  # nats between an image of the cell that is asked for and one th
 def named_reward(name: str) -> PromptReward:
     """The reward of that name: see TextToImageSettings.reward. InputError for an unknown one.
 
-    Models are loaded here.
+    Models are loaded here. The current directory is searched after installed packages, so that
+    `my_reward:make` finds `my_reward.py` there.
     """
     kind, _, argument = name.partition(":")
     makers: dict[str, Callable[[str], Any]] = {
@@ -36,7 +40,7 @@ def named_reward(name: str) -> PromptReward:
     }
     if kind in makers:
         return makers[kind](argument)
-    if "." in kind and argument:
+    if argument and _is_module(kind):
         return _imported(kind, argument)
     raise InputError(
         f"there is no reward {name!r}; give one of {', '.join(makers)}, with what belongs to it"
@@ -56,6 +60,14 @@ def _cell(argument: str) -> ShapesReward:
             " 'cell:yellow triangle'"
         )
     return ShapesReward(wanted(words[0], words[1], STRENGTH))
+
+
+def _is_module(name: str) -> bool:
+    """Whether it can only be meant as one, or is one."""
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())
+    importlib.invalidate_caches()
+    return "." in name or (name.isidentifier() and importlib.util.find_spec(name) is not None)
 
 
 def _imported(module: str, factory: str) -> PromptReward:

@@ -15,9 +15,11 @@ from torch import nn
 from rtb_rl.adapters.lora import add_lora, shared_view
 from rtb_rl.adapters.text_to_image import TextToImagePrior, posterior_denoiser
 from rtb_rl.core import Sampler, StandardStart, StartStep
+from rtb_rl.errors import InputError
 from rtb_rl.nn import LearnedStart
 from rtb_rl.tasks.image.target import check_reward
 from rtb_rl.tasks.text_to_image.export import export_posterior
+from rtb_rl.tasks.text_to_image.start import fit_start
 from rtb_rl.tasks.text_to_image.target import DrawPrompts, LatentReward, PromptTarget
 from rtb_rl.tasks.text_to_image.trainers import (
     MakeTrainer,
@@ -34,6 +36,7 @@ from rtb_rl.training.seeding import generator_for
 from rtb_rl.training.stage import fingerprint
 from rtb_rl.training.task import Task
 
+DRAW_BATCH = 500  # images drawn at once where the settings don't say
 SHOWN_PROMPTS, SHOWN_IMAGES = 4, 4  # in TensorBoard
 
 
@@ -62,8 +65,14 @@ def text_to_image_task(
     """The task of a target, and the U-Net that is trained; it starts as the prior.
 
     With adapters it is the prior's own U-Net seen a second time: no weight is held twice.
+    InputError for settings that exclude each other.
     """
     unet: Any = prior.pipeline.unet
+    if settings.start is not None and settings.learned_start:
+        raise InputError(
+            "a start from rewarded draws and a learned law of the first noise don't go together;"
+            " leave one out"
+        )
     if settings.lora_rank is None:
         trained = copy.deepcopy(unet).float().requires_grad_(True)
     else:
@@ -111,20 +120,31 @@ def fit_text_to_image(
 
     new_trainer()  # settings that don't fit are refused here
     run = open_posterior_run(Path(directory), config, accelerator)
+    networks = {prior.denoiser, task.posterior}
+    start = partial(
+        fit_start, prior=prior, target=target, task=task, settings=settings.start, seed=seed
+    )
     results = fit_posterior_stage(
         run,
         task,
         new_trainer,
-        networks={prior.pipeline.unet, unet},
+        networks=networks,
         steps=settings.finetune.updates,
         log_every=settings.log_every,
         observe=partial(_show, task, prior, settings, seed),
         diagnose=partial(_diagnostics, task, target, settings, seed),
         accelerator=accelerator,
+        begin=partial(
+            start,
+            Path(directory) / "start",
+            beta=nominal_beta(settings, task.diffusion.event_shape),
+            networks=networks,
+            batch=settings.finetune.draw_batch or DRAW_BATCH,
+        ),
     )
     posterior = TextToImagePosterior(prior, task, unet, results)
     if accelerator.is_main_process:
-        beta = nominal_beta(settings, task)
+        beta = nominal_beta(settings, task.diffusion.event_shape)
         export_posterior(
             run.directory, prior, task, unet, beta=beta, diagnostics=results["diagnostics"]
         )
@@ -154,7 +174,7 @@ def _diagnostics(
     return diagnose(
         task,
         task.posterior,
-        nominal_beta(settings, task),
+        nominal_beta(settings, task.diffusion.event_shape),
         rows=len(target.prompts),
         samples=settings.diagnostic_samples,
         batch=settings.finetune.draw_batch,

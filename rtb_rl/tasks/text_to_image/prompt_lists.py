@@ -30,6 +30,12 @@ class PromptList:
     def __len__(self) -> int:
         return len(self.texts)
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a run's configuration says of them."""
+        known = {"metadata": [dict(one) for one in self.metadata]} if any(self.metadata) else {}
+        return {"prompts": list(self.texts), **known}
+
 
 def prompt_list(texts: str | Sequence[str]) -> PromptList:
     """One prompt, or several, without metadata."""
@@ -44,7 +50,7 @@ def read_prompts(path: str | Path) -> PromptList:
     """
     path = Path(path)
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"prompts can't be read from {path} ({error}); give a text file with one prompt a line,"

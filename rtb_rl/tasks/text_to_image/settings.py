@@ -8,6 +8,7 @@ from rtb_rl.tasks.text_to_image.shapes_prior import ShapesPriorSettings
 from rtb_rl.tasks.text_to_image.trainers import TextToImagePosteriorSettings
 from rtb_rl.training.mix import Mix
 from rtb_rl.training.settings import FinetuneSettings
+from rtb_rl.training.tilt import TiltSettings
 
 SHAPES = "shapes"
 SHAPES_PROMPT = "a shape"
@@ -86,13 +87,14 @@ def budget_for(name: BudgetName, prior: str) -> Budget:
 def _shapes() -> Budget:
     """For 16 x 16 pixels on one core."""
     finetune = FinetuneSettings(
-        updates=300,
+        updates=120,
         beta_warmup=1,
         conditions=64,
         mix=Mix(on_policy=1, data=0),
+        draw_batch=500,
         levels_per_path=5,
         chunk=128,
-        learning_rate=1e-3,
+        learning_rate=3e-5,
         last_learning_rate=0.03,
         log_z_learning_rate=0.1,
         average_decay=0.97,
@@ -102,6 +104,7 @@ def _shapes() -> Budget:
         lora_rank=None,
         linex_limit=4.0,
         look_ahead=True,
+        start=TiltSettings(draws=5000, steps=800),
         diagnostic_samples=1000,
     )
     return Budget(
@@ -129,9 +132,12 @@ def _pipeline() -> Budget:
 
 
 def _demo(budget: Budget) -> Budget:
+    given = budget.posterior
+    start = given.start and replace(given.start, draws=1000, steps=given.start.steps // 4)
     posterior = replace(
-        _with(budget.posterior, updates=max(1, budget.posterior.finetune.updates // 5)),
-        diagnostic_samples=max(16, budget.posterior.diagnostic_samples // 5),
+        _with(given, updates=max(1, given.finetune.updates // 4)),
+        start=start,
+        diagnostic_samples=max(16, given.diagnostic_samples // 5),
     )
     return replace(
         budget,
@@ -142,13 +148,26 @@ def _demo(budget: Budget) -> Budget:
 
 
 def _smoke(budget: Budget) -> Budget:
+    paths = min(2, budget.posterior.finetune.mix.on_policy)
     tiny = _with(
-        budget.posterior, updates=4, conditions=4, beta_warmup=1, levels_per_path=2, draw_batch=4
+        budget.posterior,
+        updates=4,
+        conditions=4,
+        mix=Mix(on_policy=paths, data=0),
+        beta_warmup=1,
+        levels_per_path=2,
+        draw_batch=4,
     )
     return replace(
         budget,
         prior=budget.prior and _tiny(budget.prior),
-        posterior=replace(tiny, diagnostic_samples=4, log_every=2, grid_every=2),
+        posterior=replace(
+            tiny,
+            start=tiny.start and TiltSettings(draws=16, steps=4, batch=8),
+            diagnostic_samples=4,
+            log_every=2,
+            grid_every=2,
+        ),
         levels=4,
         reference_draws=16,
         draws=8,

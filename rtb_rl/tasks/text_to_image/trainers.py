@@ -1,7 +1,7 @@
 """What trains a text-to-image posterior: trajectory balance, or a baseline at the same settings."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from accelerate import Accelerator
@@ -20,6 +20,7 @@ from rtb_rl.training.posterior_stage import Trainer
 from rtb_rl.training.seeding import generator_for
 from rtb_rl.training.settings import FinetuneSettings
 from rtb_rl.training.task import Task
+from rtb_rl.training.tilt import TiltSettings
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ class TextToImagePosteriorSettings:
     """Less noise in the gradient for one decoding and one reward more a step that gets one."""
     learned_start: bool = False
     """Learn the law of the first noise, for a chain that keeps signal at its last level."""
+    start: TiltSettings | None = None
+    """What comes before, where draws of the prior are cheap: regression on their rewards. None: the
+    posterior starts as the prior."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     eight_bit: bool = False
@@ -70,14 +74,14 @@ MakeTrainer = Callable[
 ]
 
 
-def nominal_beta(settings: TextToImagePosteriorSettings, task: Task) -> float:
+def nominal_beta(settings: TextToImagePosteriorSettings, event_shape: Sequence[int]) -> float:
     """The beta of p r^beta that these settings train.
 
     With log-ratio and log Z as means over the d numbers of a latent, the residual
     log Z' + ratio / d - beta log r is 1 / d of that of beta d: the published beta of 1 is 16,384
     for Stable Diffusion at 512 x 512 (arXiv 2405.20971 appendix H and its code).
     """
-    dimensions = math.prod(task.diffusion.event_shape) if settings.per_dimension else 1
+    dimensions = math.prod(event_shape) if settings.per_dimension else 1
     return settings.finetune.beta * dimensions
 
 
@@ -90,7 +94,7 @@ def relative_trajectory_balance(
     accelerator: Accelerator,
 ) -> Finetuner:
     """The default trainer."""
-    tuned = replace(settings.finetune, beta=nominal_beta(settings, task))
+    tuned = replace(settings.finetune, beta=nominal_beta(settings, task.diffusion.event_shape))
     first = generator_for(generator.initial_seed(), "log Z")
     log_z = target.make_log_z(prompts, tuned.mix.total, first)
     penalty = square if settings.linex_limit is None else linex(settings.linex_limit)
@@ -132,7 +136,7 @@ class Baseline:
         levels = tuned.levels_per_path
         chosen = BaselineSettings(
             updates=tuned.updates,
-            beta=nominal_beta(settings, task),
+            beta=nominal_beta(settings, task.diffusion.event_shape),
             conditions=rows,
             paths=paths // rows,
             draw_batch=tuned.draw_batch,

@@ -19,6 +19,7 @@ from rtb_rl.tasks.image.metrics import (
     inception_features,
     psnr,
     total_variation,
+    weighted_diversity,
 )
 
 
@@ -63,6 +64,19 @@ def test_diversity_is_the_mean_over_all_pairs():
     assert diversity(features).mean == pytest.approx(float(pairs.mean()))
     assert diversity(torch.ones(5, 3)) == pytest.approx((0, 0), abs=1e-12)
     assert diversity(torch.eye(5)).mean == pytest.approx(1)
+
+
+def test_weighted_diversity_leaves_out_pairs_of_a_row_with_itself():
+    """With weights 2, 1, 1 it is the mean over pairs of different rows, each pair w w'."""
+    features = normal(3, 4)
+    unit = functional.normalize(features, dim=1)
+    distance = 1 - unit @ unit.T
+    pairs = 2 * distance[0, 1] + 2 * distance[0, 2] + distance[1, 2]
+    log_weight = torch.tensor([2.0, 1.0, 1.0]).log()
+    assert weighted_diversity(features, log_weight) == pytest.approx(float(pairs / 5))
+    even = weighted_diversity(features, torch.zeros(3))
+    assert even == pytest.approx(diversity(features).mean)
+    assert weighted_diversity(features, torch.tensor([0.0, -1e3, -1e3])) == 0
 
 
 def test_the_error_of_diversity_is_its_spread_over_samples():

@@ -95,10 +95,18 @@ def test_images_of_a_cell_differ_and_lie_in_range(world):
     assert float((border == shapes.BACKGROUND).float().mean()) > 0.9  # nothing is cut off
 
 
-def test_shapes_have_their_areas():
-    kinds, radius = torch.arange(3), torch.full((3,), 5.0)
-    area = coverage(kinds, torch.full((3, 2), 8.1), radius).sum((1, 2)) / 25
-    assert area.tolist() == pytest.approx([torch.pi, 1.8**2, 2.0], rel=0.03)
+def test_shapes_have_the_same_area():
+    kinds, radius = torch.arange(3), torch.full((3,), 4.5)
+    area = coverage(kinds, torch.full((3, 2), 8.1), radius).sum((1, 2)) / 4.5**2
+    assert area.tolist() == pytest.approx([torch.pi] * 3, rel=0.03)
+
+
+def test_cells_are_equally_far_from_the_mean_image():
+    drawn = draw_cells(8000, generator=seeded())
+    images = draw_images(drawn, generator=seeded(1))
+    distance = (images - images.mean(0)).flatten(1).square().sum(1)
+    far = torch.stack([distance[drawn == cell].mean() for cell in range(12)])
+    assert float(far.max() / far.min()) < 1.15
 
 
 def test_the_closed_form_is_right_about_fresh_images(world):

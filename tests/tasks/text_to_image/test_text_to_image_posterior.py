@@ -185,7 +185,7 @@ def test_the_published_temperature_is_the_mean_over_dimensions():
     settings = replace(TINY, per_dimension=True)
     task, unet = text_to_image_task(prior, target, settings, seed=0)
     dimensions = 4 * 8 * 8
-    assert nominal_beta(settings, task) == 2.0 * dimensions
+    assert nominal_beta(settings, task.diffusion.event_shape) == 2.0 * dimensions
     for number, layer in enumerate(lora_layers(unet)):
         weight = layer.lora_B["default"].weight
         weight.data.normal_(std=0.1, generator=seeded(number))
@@ -206,7 +206,9 @@ def test_the_published_temperature_is_the_mean_over_dimensions():
     log_reward = task.log_reward(paths.x0, condition)
     published = 0.7 + means - 2.0 * log_reward
     ratio = log_ratio(task.diffusion, task.posterior, task.prior, paths)
-    ours = 0.7 * dimensions + ratio - nominal_beta(settings, task) * log_reward
+    ours = (
+        0.7 * dimensions + ratio - nominal_beta(settings, task.diffusion.event_shape) * log_reward
+    )
     torch.testing.assert_close(ours / dimensions, published, atol=1e-5, rtol=1e-4)
 
 
