@@ -75,7 +75,7 @@ def updates(job: TextToImageJob, method: Baseline, calls: float) -> int:
 
 def fit(job: TextToImageJob, method: Baseline, calls: float) -> TextToImagePosterior:
     """A posterior trained for as many calls as trajectory balance was."""
-    settings = job.budget.posterior
+    settings = replace(job.budget.posterior, start=None)
     tuned = replace(settings.finetune, updates=updates(job, method, calls))
     return fit_text_to_image(
         job.run.directory / slug(method.name),
