@@ -40,8 +40,8 @@ CAPTIONS = {
 WORDS = ("a", *COLOURS, *SHAPES, "shape")
 
 BACKGROUND = 0.5  # grey, of every image
-OFFSET = 1.2  # the centre is up to so many pixels off the middle, in either direction
-RADIUS = (3.8, 5.0)  # of the circle, pixels; square and triangle have the same area
+OFFSET = 1.5  # the centre is up to so many pixels off the middle, in either direction
+RADIUS = (3.6, 4.8)  # of the circle, pixels; square and triangle have the same area
 SHADE = (0.75, 1.0)  # how far the colour is from the background
 SAMPLES = 4  # points a pixel in either direction
 
