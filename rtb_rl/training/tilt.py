@@ -1,13 +1,15 @@
-"""A posterior's denoiser by regression on rewarded draws of the prior, before any path is drawn.
+"""A posterior's denoiser by regression on rewarded paths of the prior, before any of its own.
 
-With w = r(x_0)^beta / Z and R = x_0 - D(x_k), D the prior's prediction, the tilted prediction is
+A step of the prior from x_k has mean m and spread s, so that xi = (x_{k-1} - m) / s is N(0, I)
+given x_k. With w = r(x_0)^beta / Z of the path's end, the step of the posterior has the mean
 
-    D(x_k) + E[(w - b) R | x_k] / E[w | x_k]
+    m + s E[(w - b) xi | x_k] / E[w | x_k]
 
-for any b that depends on x_k alone, since E[R | x_k] = 0 under a prior that predicts the mean. As
-b = r(D(x_k))^beta / Z takes what x_k already says of the reward out of the noise, late levels,
-where D is nearly x_0, are left where they are. With many levels this is the posterior; with few it
-is where fine-tuning starts. The reward needs no gradient.
+for any b that depends on x_k alone: exact at every number of levels, since E[xi | x_k] = 0. As
+b = r(D(x_k))^beta / Z, D the prior's prediction, takes what x_k already says of the reward out of
+the noise, late levels are left where they are. This is the mean of the steps that maximises the
+likelihood of target paths; what is left for fine-tuning is the noise of finitely many paths. The
+reward needs no gradient.
 """
 
 from collections.abc import Mapping
@@ -31,11 +33,11 @@ from rtb_rl.training.task import Task
 
 @dataclass(frozen=True)
 class TiltSettings:
-    """How a posterior learns from rewarded draws."""
+    """How a posterior learns from rewarded paths of the prior."""
 
-    draws: int = 5000
-    """Of the prior, in all."""
-    steps: int = 1000
+    paths: int = 4000
+    """In all."""
+    steps: int = 500
     batch: int = 128
     learning_rate: float = 1e-4
     """Falls to zero along a cosine."""
@@ -43,26 +45,28 @@ class TiltSettings:
     average_decay: float = 0.98
 
 
-class DrawRewarded(Protocol):
-    """`n` draws of the prior [n, *event], their conditions, log r and log Z of each, nats [n]."""
+class DrawStep(Protocol):
+    """One step of each of some paths of the prior, at these levels, int64 [n].
+
+    Returns x_k and x_{k-1} [n, *event], conditions, log r of the paths' ends and log Z, nats [n].
+    """
 
     def __call__(
-        self, n: int, *, generator: Generator
-    ) -> tuple[Tensor, Condition, Tensor, Tensor]: ...
+        self, level: Tensor, *, generator: Generator
+    ) -> tuple[Tensor, Tensor, Condition, Tensor, Tensor]: ...
 
 
 class TiltTrainer:
-    """Moves `task.posterior` from the prior to the tilted prediction; `average.module`.
+    """Moves `task.posterior` from the prior to the tilted steps; `average.module` is the result.
 
-    Loss, nats a path: K c_k^2 (w |Delta|^2 / 2 - (w - b) Delta . R), Delta what the posterior
-    predicts more than the prior, c_k the mean of a step by the prediction, in spreads. InputError
-    for another diffusion than GaussianDiffusion.
+    Loss, nats a path: K (w |delta|^2 / 2 - (w - b) delta . xi), delta how many spreads the
+    posterior's mean is from the prior's. InputError for another diffusion than GaussianDiffusion.
     """
 
     def __init__(
         self,
         task: Task,
-        rewarded: DrawRewarded,
+        draw_step: DrawStep,
         beta: float,
         settings: TiltSettings,
         *,
@@ -70,11 +74,11 @@ class TiltTrainer:
     ):
         if not isinstance(task.diffusion, GaussianDiffusion):
             raise InputError(
-                "a start from rewarded draws needs a GaussianDiffusion, not"
+                "a start from paths of the prior needs a GaussianDiffusion, not"
                 f" {type(task.diffusion).__name__}; leave out the start, or the learned law of the"
                 " first noise"
             )
-        self.task, self.rewarded, self.beta = task, rewarded, beta
+        self.task, self.draw_step, self.beta = task, draw_step, beta
         self.settings, self.generator, self.diffusion = settings, generator, task.diffusion
         self.trained = [p for p in task.posterior.parameters() if p.requires_grad]
         self.average = Average(task.posterior, settings.average_decay)
@@ -95,21 +99,22 @@ class TiltTrainer:
         return {"tilt/loss": loss.detach(), "tilt/gradient_norm": norm}
 
     def loss(self, n: int) -> Tensor:
-        """Of `n` draws at one random level each; a scalar with graph."""
+        """Of `n` steps at random levels; a scalar with graph."""
         task, diffusion = self.task, self.diffusion
-        x0, condition, log_reward, log_z = self.rewarded(n, generator=self.generator)
         level = random_level(n, diffusion.levels, generator=self.generator)
-        x = diffusion.corrupt(x0, level, generator=self.generator)
+        x, below, condition, log_reward, log_z = self.draw_step(level, generator=self.generator)
         with torch.no_grad():
-            before = task.prior(x, level, condition)
+            prediction = task.prior(x, level, condition)
+            before = diffusion.kernel(prediction, x, level)
+            noise = (below - before.mean) / before.std
             weight = (self.beta * log_reward - log_z).exp()
-            guess = (self.beta * score(task, before, condition)[0] - log_z).exp()
+            guess = (self.beta * score(task, prediction, condition)[0] - log_z).exp()
             guess = guess.clamp(max=weight.max())
-        more = (task.posterior(x, level, condition) - before).flatten(1)
-        against = (more * (x0 - before).flatten(1)).sum(1)
-        in_nats = (diffusion.weight_x0[level] / diffusion.std[level]).square().flatten().to(more)
-        each = weight * more.square().sum(1) / 2 - (weight - guess) * against
-        return diffusion.levels * (in_nats * each).mean()
+        after = diffusion.kernel(task.posterior(x, level, condition), x, level)
+        moved = ((after.mean - before.mean) / before.std).flatten(1)
+        gain = (moved * noise.flatten(1)).sum(1)
+        each = weight * moved.square().sum(1) / 2 - (weight - guess) * gain
+        return diffusion.levels * each.mean()
 
     @property
     def parts(self) -> dict[str, Stateful]:

@@ -44,22 +44,18 @@ def prior_draws(
     *,
     batch: int,
     seed: int,
-    purpose: str = "prior draws",
 ) -> PriorDraws:
-    """`count` draws of the prior for each prompt, `batch` at a time, kept in a directory.
-
-    Those for another `purpose` are independent.
-    """
+    """`count` draws of the prior for each prompt, `batch` at a time, kept in a directory."""
     facts = {"draws": count, "prior": fingerprint(prior.pipeline.unet), "seed": seed}
     chain = {"levels": prior.diffusion.levels, "guidance": prior.guidance, "batch": batch}
     chain |= {"latents": list(prior.diffusion.event_shape), "precision": str(prior.precision)}
     chain |= {"steps": fingerprint(prior.diffusion)}
     texts = {**target.prompts.facts, "negative": prior.prompts.negative}
-    run = Run(directory, {**facts, **chain, **texts, "reward": target.name, "purpose": purpose})
+    run = Run(directory, {**facts, **chain, **texts, "reward": target.name})
     path, device = run.directory / FILE, prior.diffusion.signal.device
     if run.results is None:
         begun = time.monotonic()
-        generator = generator_for(seed, purpose, device=device)
+        generator = generator_for(seed, "prior draws", device=device)
         log_reward = target.log_reward(prior)
         numbers = torch.arange(len(target.prompts), device=device).repeat_interleave(count)
         parts = []

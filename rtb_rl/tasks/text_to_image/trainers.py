@@ -55,7 +55,7 @@ class TextToImagePosteriorSettings:
     learned_start: bool = False
     """Learn the law of the first noise, for a chain that keeps signal at its last level."""
     start: TiltSettings | None = None
-    """What comes before, where draws of the prior are cheap: regression on their rewards. None: the
+    """What comes before, where paths of the prior are cheap: regression on their rewards. None: the
     posterior starts as the prior."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""

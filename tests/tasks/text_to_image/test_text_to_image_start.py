@@ -10,10 +10,9 @@ from tiny_stable_diffusion import tiny_sd
 from rtb_rl.adapters.text_to_image import open_text_to_image
 from rtb_rl.core import log_ratio, rollout
 from rtb_rl.errors import InputError
-from rtb_rl.tasks.text_to_image.posterior import fit_text_to_image
+from rtb_rl.tasks.text_to_image.posterior import fit_text_to_image, text_to_image_task
 from rtb_rl.tasks.text_to_image.prompt_lists import prompt_list
-from rtb_rl.tasks.text_to_image.reference import PriorDraws
-from rtb_rl.tasks.text_to_image.start import PromptedDraws
+from rtb_rl.tasks.text_to_image.start import PromptedPaths, prior_paths
 from rtb_rl.tasks.text_to_image.target import PromptTarget, learned_log_z
 from rtb_rl.tasks.text_to_image.trainers import TextToImagePosteriorSettings
 from rtb_rl.training.mix import Mix
@@ -22,7 +21,7 @@ from rtb_rl.training.tilt import TiltSettings
 
 LEVELS = 4
 PROMPTS = ("a cat", "a dog", "a cow")
-START = TiltSettings(draws=10, steps=4, batch=8)
+START = TiltSettings(paths=10, steps=4, batch=8)
 SETTINGS = TextToImagePosteriorSettings(
     FinetuneSettings(updates=2, conditions=4, mix=Mix(1, data=0), levels_per_path=2, draw_batch=5),
     lora_rank=None,
@@ -43,23 +42,40 @@ def fit(directory, settings=SETTINGS):
     return fit_text_to_image(directory, prior, target, settings)
 
 
-def test_draws_keep_the_prompt_that_they_were_drawn_for():
-    number = torch.arange(3.0)[:, None].expand(3, 5)
-    x0 = number[..., None, None, None] * torch.ones(3, 5, 4, 2, 2)
-    draws = PriorDraws(x0, 10 * number + torch.arange(5.0), 0.0)
-    points, condition, log_reward, log_z = PromptedDraws(draws, 2.0)(
-        200, generator=torch.Generator().manual_seed(0)
+def test_a_step_keeps_its_path_and_its_prompt():
+    """x holds level, prompt and number of the path in three coordinates."""
+    level, prompt, path = torch.meshgrid(
+        torch.arange(6.0), torch.arange(3.0), torch.arange(5.0), indexing="ij"
     )
-    assert torch.equal(points[:, 0, 0, 0], condition.float())
-    assert torch.equal((log_reward / 10).floor(), condition.float())
-    assert set(log_reward.tolist()) == set(draws.log_reward.flatten().tolist())
-    wanted = (2 * draws.log_reward).logsumexp(1) - math.log(5)
-    torch.testing.assert_close(log_z, wanted[condition])
+    x = torch.stack([level, prompt, path], -1)
+    log_reward = 10 * torch.arange(3.0)[:, None] + torch.arange(5.0)
+    paths = PromptedPaths(x, log_reward, torch.tensor([7.0, 8.0, 9.0]))
+    asked = torch.randint(1, 6, (300,), generator=torch.Generator().manual_seed(1))
+    above, below, condition, ends, log_z = paths(asked, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(above[:, 0], asked.float()) and torch.equal(below[:, 0], asked - 1.0)
+    assert torch.equal(above[:, 1:], below[:, 1:])
+    assert torch.equal(above[:, 1], condition.float()) and torch.equal(log_z, condition + 7.0)
+    assert torch.equal(ends, 10 * above[:, 1] + above[:, 2])
+    assert len(ends.unique()) == 15
+
+
+def test_log_z_is_that_of_each_prompt_s_paths(tmp_path):
+    prior = open_text_to_image(tiny_sd(), list(PROMPTS), levels=LEVELS, guidance=2.0)
+    target = PromptTarget("bright", brightness, prompt_list(PROMPTS), learned_log_z)
+    task, _ = text_to_image_task(prior, target, SETTINGS, seed=0)
+    paths = prior_paths(tmp_path, task, 3, 4, beta=2.0, batch=5, seed=0)
+    assert paths.x.shape == (LEVELS + 1, 3, 4, 4, 8, 8)
+    numbers = torch.arange(3).repeat_interleave(4)
+    ends = task.log_reward(paths.x[0].flatten(0, 1), numbers).reshape(3, 4)
+    torch.testing.assert_close(paths.log_reward, ends)
+    torch.testing.assert_close(paths.log_z, (2 * ends).logsumexp(1) - math.log(4))
+    again = prior_paths(tmp_path, task, 3, 4, beta=2.0, batch=5, seed=0)
+    assert torch.equal(again.x, paths.x)
 
 
 def test_a_started_posterior_has_left_the_prior_and_its_stages_are_kept(tmp_path):
     found = fit(tmp_path)
-    for stage in ("draws", "tilt"):
+    for stage in ("paths", "tilt"):
         assert (tmp_path / "start" / stage / "results.json").exists()
     assert found.results["start"]["network_calls"] == 12 * LEVELS + 4 * 8 * (1 + 3)
     condition = torch.tensor([0, 1, 2])
