@@ -35,11 +35,11 @@ from rtb_rl.training.task import Task
 class TiltSettings:
     """How a posterior learns from rewarded paths of the prior."""
 
-    paths: int = 4000
+    paths: int = 10_000
     """In all."""
-    steps: int = 500
+    steps: int = 1000
     batch: int = 128
-    learning_rate: float = 1e-4
+    learning_rate: float = 2e-4
     """Falls to zero along a cosine."""
     gradient_clip: float = 1.0
     average_decay: float = 0.98
