@@ -11,7 +11,11 @@ from rtb_rl.tasks.text_to_image.posterior import (
 )
 from rtb_rl.tasks.text_to_image.prompt_lists import PromptList, prompt_list, read_prompts
 from rtb_rl.tasks.text_to_image.settings import TextToImageSettings
-from rtb_rl.tasks.text_to_image.shapes_prior import ShapesPriorSettings, fit_shapes_prior
+from rtb_rl.tasks.text_to_image.shapes_prior import (
+    ShapesPriorSettings,
+    fit_shapes_prior,
+    new_shapes_pipeline,
+)
 from rtb_rl.tasks.text_to_image.target import PromptTarget, group_log_z, learned_log_z
 from rtb_rl.tasks.text_to_image.trainers import (
     Baseline,
@@ -36,6 +40,7 @@ __all__ = [
     "group_log_z",
     "importance",
     "learned_log_z",
+    "new_shapes_pipeline",
     "open_text_to_image_job",
     "prompt_list",
     "read_prompts",
