@@ -123,11 +123,11 @@ class TextToImageJob:
         """Print the table, draw the figure, write table.md and results.json, in this order."""
         found = [self._rows / f"{slug(name)}.json" for name in names]
         rows = {row["method"]: row for row in (json.loads(path.read_text()) for path in found)}
-        samples = {
-            name + mark(rows[name]): load(path.with_suffix(".safetensors").read_bytes())["x0"]
+        images = {
+            name + mark(rows[name]): load(path.with_suffix(".safetensors").read_bytes())["images"]
             for name, path in zip(names, found, strict=True)
         }
-        self._draw(samples, {name + mark(row): row["shares"] for name, row in rows.items()})
+        self._draw(images, {name + mark(row): row["shares"] for name, row in rows.items()})
         prompts = self.target.prompts.texts
         asked = repr(prompts[0]) if len(prompts) == 1 else f"{len(prompts)} prompts"
         title = f"{asked}, {self.target.name}, beta {self.beta:g}"
@@ -152,15 +152,16 @@ class TextToImageJob:
         """As many latents as a grid has, of all prompts in turn: [n, C, h, w]."""
         return x0[:, : SIDE**2].transpose(0, 1).flatten(0, 1)[: SIDE**2]
 
-    def _draw(self, samples: Mapping[str, Tensor], shares: Mapping[str, Any]) -> None:
-        """Images of reference and methods, and the shares of the classes among all draws."""
+    def _draw(self, images: Mapping[str, Tensor], shares: Mapping[str, Any]) -> None:
+        """Images of reference and methods (these in 0 to 255), and the shares of the classes among
+        all draws.
+        """
         generator = generator_for(self.settings.seed, "figure", device=self.draws.x0.device)
         kept = [one.draws.resample(SIDE**2, generator=generator)[0] for one in self.references]
-        held = {"reference": self._shown(torch.stack(kept)), **samples}
+        reference = self.prior.decode(self._shown(torch.stack(kept)))
+        held = {"reference": reference, **{name: value / 255 for name, value in images.items()}}
         wanted = {"reference": self._wanted(), **shares} if self.classes else {}
-        device = self.draws.x0.device
-        images = {name: self.prior.decode(x0.to(device)) for name, x0 in held.items()}
-        figure = draw_figure(self.run.directory / "figure.png", images, wanted, self.classes)
+        figure = draw_figure(self.run.directory / "figure.png", held, wanted, self.classes)
         self.run.log_figure(0, "evaluation", figure)
 
     def _wanted(self) -> list[float]:
