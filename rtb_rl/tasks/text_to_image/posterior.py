@@ -19,6 +19,7 @@ from rtb_rl.errors import InputError
 from rtb_rl.nn import LearnedStart
 from rtb_rl.tasks.image.target import check_reward
 from rtb_rl.tasks.text_to_image.export import export_posterior
+from rtb_rl.tasks.text_to_image.reference import prior_facts
 from rtb_rl.tasks.text_to_image.start import fit_start
 from rtb_rl.tasks.text_to_image.target import DrawPrompts, LatentReward, PromptTarget
 from rtb_rl.tasks.text_to_image.trainers import (
@@ -33,7 +34,6 @@ from rtb_rl.training.posterior_stage import Trainer, fit_posterior_stage, open_p
 from rtb_rl.training.processes import own_name
 from rtb_rl.training.run import Run
 from rtb_rl.training.seeding import generator_for
-from rtb_rl.training.stage import fingerprint
 from rtb_rl.training.task import Task
 
 DRAW_BATCH = 500  # images drawn at once where the settings don't say
@@ -159,13 +159,9 @@ def _config(
     seed: int,
 ) -> dict[str, Any]:
     """What a run's directory belongs to."""
-    texts = {"prompts": list(target.prompts.texts), "negative": prior.prompts.negative}
     given = {"posterior": asdict(settings), "trainer": make_trainer.__name__, "seed": seed}
-    log_z = target.make_log_z.__name__
-    chain = {"levels": prior.diffusion.levels, "guidance": prior.guidance}
-    shape = list(prior.diffusion.event_shape)
-    made_from = {"prior": fingerprint(prior.pipeline.unet), **chain, "latents": shape}
-    return {"target": target.name, "log_z": log_z, **texts, **given, **made_from}
+    asked = {"target": target.name, "log_z": target.make_log_z.__name__, **target.prompts.facts}
+    return {**asked, **given, **prior_facts(prior)}
 
 
 def _diagnostics(

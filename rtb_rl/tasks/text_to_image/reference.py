@@ -1,8 +1,11 @@
 """Draws of the prior with their rewards: what every posterior of it is measured against."""
 
 import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load, save
@@ -10,7 +13,6 @@ from torch import Tensor
 
 from rtb_rl.adapters.text_to_image import TextToImagePrior
 from rtb_rl.baselines.selection import ImportanceReference
-from rtb_rl.core import conditions
 from rtb_rl.tasks.text_to_image.target import PromptTarget
 from rtb_rl.training.checkpoint import replace_file
 from rtb_rl.training.progress import progress
@@ -18,8 +20,6 @@ from rtb_rl.training.run import Run
 from rtb_rl.training.scoring import LOG_REWARD_FLOOR
 from rtb_rl.training.seeding import generator_for
 from rtb_rl.training.stage import fingerprint
-
-FILE = "draws.safetensors"
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,19 @@ class PriorDraws:
         return ImportanceReference(self.x0, beta * self.log_reward.double())
 
 
+def prior_facts(prior: TextToImagePrior) -> dict[str, Any]:
+    """What a run's configuration says of a prior: its network, its steps, how it is called."""
+    return {
+        "prior": fingerprint(prior.pipeline.unet),
+        "levels": prior.diffusion.levels,
+        "steps": fingerprint(prior.diffusion),
+        "guidance": prior.guidance,
+        "negative": prior.prompts.negative,
+        "latents": list(prior.diffusion.event_shape),
+        "precision": str(prior.precision),
+    }
+
+
 @torch.no_grad()
 def prior_draws(
     directory: Path,
@@ -46,29 +59,47 @@ def prior_draws(
     seed: int,
 ) -> PriorDraws:
     """`count` draws of the prior for each prompt, `batch` at a time, kept in a directory."""
-    facts = {"draws": count, "prior": fingerprint(prior.pipeline.unet), "seed": seed}
-    chain = {"levels": prior.diffusion.levels, "guidance": prior.guidance, "batch": batch}
-    chain |= {"latents": list(prior.diffusion.event_shape), "precision": str(prior.precision)}
-    chain |= {"steps": fingerprint(prior.diffusion)}
-    texts = {**target.prompts.facts, "negative": prior.prompts.negative}
-    run = Run(directory, {**facts, **chain, **texts, "reward": target.name})
-    path, device = run.directory / FILE, prior.diffusion.signal.device
+    asked = {"draws": count, "batch": batch, "seed": seed, "reward": target.name}
+    run = Run(directory, {**asked, **prior_facts(prior), **target.prompts.facts})
+    device, log_reward = prior.diffusion.signal.device, target.log_reward(prior)
+    generator = generator_for(seed, "prior draws", device=device)
+
+    def draw(condition: Tensor) -> dict[str, Tensor]:
+        x0 = prior.sampler.sample(condition, 1, generator=generator)[:, 0]
+        return {"x0": x0, "log_reward": log_reward(x0, condition).clamp(min=LOG_REWARD_FLOOR)}
+
+    numbers = torch.arange(len(target.prompts), device=device)
+    held, seconds = drawn_once(run, "draws", draw, numbers, count, batch=batch)
+    return PriorDraws(held["x0"], held["log_reward"], seconds)
+
+
+@torch.no_grad()
+def drawn_once(
+    run: Run,
+    kind: str,
+    draw: Callable[[Tensor], Mapping[str, Tensor]],
+    numbers: Tensor,
+    count: int,
+    *,
+    batch: int,
+) -> tuple[dict[str, Tensor], float]:
+    """`count` rows of each prompt in `numbers`, `batch` at a time, and the seconds that they took.
+
+    `draw`: numbers of prompts [n] -> tensors [n, ...]; here [prompts, count, ...], on the device of
+    `numbers`. Kept in the run as KIND.safetensors, and read from there where it is complete.
+    """
+    path = run.directory / f"{kind}.safetensors"
+    parts, begun = defaultdict(list), time.monotonic()
     if run.results is None:
-        begun = time.monotonic()
-        generator = generator_for(seed, "prior draws", device=device)
-        log_reward = target.log_reward(prior)
-        numbers = torch.arange(len(target.prompts), device=device).repeat_interleave(count)
-        parts = []
-        with progress("draws of the prior", len(numbers)) as show:
-            for condition in numbers.split(batch):
-                x0 = prior.sampler.sample(condition, 1, generator=generator)[:, 0]
-                parts.append((x0.cpu(), log_reward(x0, condition).cpu()))
-                show(sum(len(x0) for x0, _ in parts), "")
-        x0, rewards = (torch.cat(columns) for columns in zip(*parts, strict=True))
-        kept = {"x0": x0, "log_reward": rewards.clamp(min=LOG_REWARD_FLOOR)}
-        shaped = {k: v.reshape(len(target.prompts), count, *v.shape[1:]) for k, v in kept.items()}
-        replace_file(path, save({name: tensor.contiguous() for name, tensor in shaped.items()}))
+        each = numbers.repeat_interleave(count)
+        with progress(f"{kind} of the prior", len(each)) as show:
+            for done, part in enumerate(each.split(batch)):
+                for key, value in draw(part).items():
+                    parts[key].append(value.cpu())
+                show(done * batch + len(part), "")
+        whole = {key: torch.cat(some) for key, some in parts.items()}
+        shaped = {k: v.reshape(len(numbers), count, *v.shape[1:]) for k, v in whole.items()}
+        replace_file(path, save({key: value.contiguous() for key, value in shaped.items()}))
         run.finish({"seconds": time.monotonic() - begun})
-    tensors = conditions.move(load(path.read_bytes()), device)
-    assert isinstance(tensors, dict)
-    return PriorDraws(tensors["x0"], tensors["log_reward"], (run.results or {})["seconds"])
+    held = {key: value.to(numbers.device) for key, value in load(path.read_bytes()).items()}
+    return held, (run.results or {})["seconds"]
