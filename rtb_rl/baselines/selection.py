@@ -187,10 +187,8 @@ def _candidates(
     total = count * (conditions.count(condition) or 1)
     each = conditions.repeat(condition, count)
     points, scores = [], []
-    for begin in range(0, total, batch):
-        part = conditions.take(each, slice(begin, begin + batch))
-        in_row = min(batch, total - begin) if condition is None else 1
-        x0 = sampler.sample(part, in_row, generator=generator)
+    for part, rows in conditions.split(each, total, batch):
+        x0 = sampler.sample(part, rows if condition is None else 1, generator=generator)
         x0 = x0 if condition is None else x0.flatten(0, 1)
         points.append(x0)
         scores.append(reward(x0, part).double())

@@ -8,7 +8,6 @@ from torch import Generator, Tensor, nn
 
 from rtb_rl.baselines.draws import CountedDenoiser
 from rtb_rl.core import Trajectory, conditions, random_levels, rollout
-from rtb_rl.core.protocols import Condition
 from rtb_rl.errors import InputError, NonFiniteError
 from rtb_rl.training.checkpoint import Stateful
 from rtb_rl.training.ema import Average, TrainedState
@@ -98,21 +97,12 @@ class Learner:
                 " many rows as asked for"
             )
         each = conditions.repeat(condition, times)
-        size = self.settings.draw_batch or rows * times
+        diffusion, generator = self.task.diffusion, self.generator
         parts = [
-            self._rollout(each, slice(begin, min(begin + size, rows * times)))
-            for begin in range(0, rows * times, size)
+            rollout(diffusion, self.posterior, part, count, generator=generator).x
+            for part, count in conditions.split(each, rows * times, self.settings.draw_batch)
         ]
-        return Trajectory(torch.cat([part.x for part in parts], 1), each)
-
-    def _rollout(self, condition: Condition, rows: slice) -> Trajectory:
-        return rollout(
-            self.task.diffusion,
-            self.posterior,
-            conditions.take(condition, rows),
-            rows.stop - rows.start,
-            generator=self.generator,
-        )
+        return Trajectory(torch.cat(parts, 1), each)
 
     def levels(self, batch: int) -> Tensor:
         """The steps of each path that get a gradient: int64 [count, batch]."""

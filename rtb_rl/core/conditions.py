@@ -1,6 +1,6 @@
 """Batches of conditions: None, a tensor, or a dict of tensors, handled alike."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +25,18 @@ def repeat(condition: Condition, times: int) -> Condition:
 def take(condition: Condition, index: Tensor | slice) -> Condition:
     """The rows at `index`."""
     return apply(condition, lambda rows: rows[index])
+
+
+def split(condition: Condition, rows: int, size: int | None) -> Iterator[tuple[Condition, int]]:
+    """The `rows` rows in turn, at most `size` at a time (None: all), each part with its count.
+
+    ValueError for a condition of another number of rows.
+    """
+    check_rows(condition, rows)
+    size = size or max(1, rows)
+    for begin in range(0, rows, size):
+        end = min(begin + size, rows)
+        yield take(condition, slice(begin, end)), end - begin
 
 
 def move(condition: Condition, device: torch.device | str) -> Condition:

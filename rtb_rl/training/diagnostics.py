@@ -63,9 +63,7 @@ def diagnose(
     condition, _ = task.draw_conditions(rows, generator=generator)
     rows = conditions.count(condition) or 1
     each = conditions.repeat(condition, samples)
-    x0, ratio = _ends(
-        task, posterior, each, rows * samples, batch or rows * samples, generator=generator
-    )
+    x0, ratio = _ends(task, posterior, each, rows * samples, batch, generator=generator)
     log_reward, floored = score(task, x0, each)
     weight = log_weight(log_reward, ratio, beta).reshape(rows, samples).double()
     log_z, error = importance_log_z(weight)
@@ -87,21 +85,15 @@ def _ends(
     posterior: Denoiser,
     condition: Condition,
     count: int,
-    batch: int,
+    batch: int | None,
     *,
     generator: Generator,
 ) -> tuple[Tensor, Tensor]:
     """Where posterior paths end, and their log-ratios."""
     parts = []
-    for begin in range(0, count, batch):
-        rows = slice(begin, min(begin + batch, count))
+    for part, rows in conditions.split(condition, count, batch):
         paths, ratio = rollout_against(
-            task.diffusion,
-            posterior,
-            task.prior,
-            conditions.take(condition, rows),
-            rows.stop - rows.start,
-            generator=generator,
+            task.diffusion, posterior, task.prior, part, rows, generator=generator
         )
         parts.append((paths.x0, ratio))
     x0, ratios = zip(*parts, strict=True)

@@ -94,34 +94,24 @@ class PathSource:
         *,
         widening: float = 1.0,
     ) -> Part:
-        rows = self.settings.conditions * times
         each = conditions.repeat(condition, times)
-        size = self.settings.draw_batch or rows
         drawn = [
-            self._draw(sampler, other, each, slice(begin, min(begin + size, rows)), widening)
-            for begin in range(0, rows, size)
+            rollout_against(
+                self.task.diffusion,
+                sampler,
+                other,
+                part,
+                count,
+                widening=widening,
+                generator=self.generator,
+            )
+            for part, count in conditions.split(
+                each, self.settings.conditions * times, self.settings.draw_batch
+            )
         ]
         x = torch.cat([path.x for path, _ in drawn], 1)
         ratio = torch.cat([ratio for _, ratio in drawn])
         return Trajectory(x, each), ratio, self._log_reward(x[0], each)
-
-    def _draw(
-        self,
-        sampler: nn.Module,
-        other: nn.Module,
-        condition: Condition,
-        rows: slice,
-        widening: float,
-    ) -> tuple[Trajectory, Tensor]:
-        return rollout_against(
-            self.task.diffusion,
-            sampler,
-            other,
-            conditions.take(condition, rows),
-            rows.stop - rows.start,
-            widening=widening,
-            generator=self.generator,
-        )
 
     def _noised(self, x0: Tensor, condition: Condition, log_reward: Tensor) -> Part:
         task = self.task

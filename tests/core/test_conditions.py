@@ -54,6 +54,24 @@ def test_cutting_and_concatenating_gives_the_rows_back(kind, cut, times):
     assert torch.equal(first(conditions.concatenate(parts)), first(whole))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@given(size=st.integers(1, 6))
+def test_split_gives_every_row_once_and_in_turn(kind, size):
+    parts = list(conditions.split(KINDS[kind], 4, size))
+    assert torch.equal(first(conditions.concatenate([part for part, _ in parts])), ROWS)
+    assert [count for _, count in parts] == [conditions.count(part) for part, _ in parts]
+    assert [count for _, count in parts[:-1]] == [size] * (len(parts) - 1)
+
+
+def test_split_without_condition_or_size():
+    assert list(conditions.split(None, 5, 2)) == [(None, 2), (None, 2), (None, 1)]
+    ((whole, count),) = conditions.split(ROWS, 4, None)
+    assert torch.equal(first(whole), ROWS) and count == 4
+    assert list(conditions.split(None, 0, None)) == []
+    with pytest.raises(ValueError, match="'condition' has 4 rows for 5 paths"):
+        list(conditions.split(ROWS, 5, 2))
+
+
 def test_conditions_of_different_kinds_are_not_concatenated():
     with pytest.raises((TypeError, ValueError)):
         conditions.concatenate([ROWS, None])

@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 
 from rtb_rl.adapters.text_to_image import TextToImagePrior
 from rtb_rl.baselines.draws import Draws
+from rtb_rl.core import conditions
 from rtb_rl.tasks.image.evaluation import average_rows
 from rtb_rl.tasks.image.report import SIDE, draw_figure, mark
 from rtb_rl.tasks.text_to_image.evaluation import Measure, Measured, Reference, compare
@@ -108,10 +109,9 @@ class TextToImageJob:
     @torch.no_grad()
     def draw(self, posterior: TextToImagePosterior, generator: Generator) -> Draws:
         """Draws of a trained posterior for every prompt, a batch at a time."""
-        numbers = self.condition.repeat_interleave(self.budget.draws)
-        batches = numbers.split(self.budget.draw_batch)
-        sampler = posterior.sampler
-        parts = [sampler.sample(part, 1, generator=generator)[:, 0] for part in batches]
+        each, sampler = self.condition.repeat_interleave(self.budget.draws), posterior.sampler
+        batches = conditions.split(each, len(each), self.budget.draw_batch)
+        parts = [sampler.sample(part, 1, generator=generator)[:, 0] for part, _ in batches]
         x0 = torch.cat(parts).reshape(len(self.condition), self.budget.draws, *parts[0].shape[1:])
         return Draws(x0, self.prior.diffusion.levels)
 

@@ -93,10 +93,10 @@ def drawn_once(
     if run.results is None:
         each = numbers.repeat_interleave(count)
         with progress(f"{kind} of the prior", len(each)) as show:
-            for done, part in enumerate(each.split(batch)):
+            for place, part in enumerate(each.split(batch)):
                 for key, value in draw(part).items():
                     parts[key].append(value.cpu())
-                show(done * batch + len(part), "")
+                show(place * batch + len(part), "")
         whole = {key: torch.cat(some) for key, some in parts.items()}
         shaped = {k: v.reshape(len(numbers), count, *v.shape[1:]) for k, v in whole.items()}
         replace_file(path, save({key: value.contiguous() for key, value in shaped.items()}))
