@@ -33,8 +33,6 @@ from rtb_rl.tasks.text_to_image import (
 )
 from rtb_rl.training import trust
 
-SIGNAL = 0.05
-
 
 @dataclass(frozen=True)
 class Settings(TextToImageSettings):
@@ -78,13 +76,6 @@ def main(settings: Settings) -> None:
     job = open_text_to_image_job(
         settings, program="rtb_text_to_image", make_log_z=make_log_z, **chosen(settings)
     )
-    left = job.prior.diffusion.signal_left
-    if left > SIGNAL and not settings.learned_start:
-        Console(stderr=True).print(
-            f"warning: signal {left:.3f} is left at the last level, so that no posterior with the"
-            " prior's first noise is exact; --learned-start learns another",
-            highlight=False,
-        )
     directory, how = job.run.directory / "posterior", job.budget.posterior
     posterior = fit_text_to_image(directory, job.prior, job.target, how, seed=settings.seed)
     if not Accelerator().is_main_process:

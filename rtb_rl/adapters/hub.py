@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from rtb_rl.adapters.extras import extra
+from rtb_rl.adapters.extras import extra, without_progress
 from rtb_rl.errors import InputError
 
 with extra("language"):
@@ -122,9 +122,10 @@ def _file(source: str, name: str) -> Path | None:
 
 @contextmanager
 def reading(what: str, source: str) -> Iterator[None]:
-    """Turn whatever is raised inside into one InputError."""
+    """Turn whatever is raised inside into one InputError; no bars for what is loaded."""
     try:
-        yield
+        with without_progress():
+            yield
     except InputError:
         raise
     except Exception as error:  # code that comes with a model may raise anything

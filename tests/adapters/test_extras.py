@@ -16,7 +16,7 @@ from transformers.utils import logging as of_transformers
 from rtb_rl.adapters.extras import BACKENDS, extra, without_progress
 from rtb_rl.errors import InputError
 
-TESTS = str(Path(__file__).parents[1])
+FOLDERS = os.pathsep.join(map(str, (Path(__file__).parents[1], Path(__file__).parent)))
 
 
 def said(script, *arguments):
@@ -25,7 +25,7 @@ def said(script, *arguments):
         [sys.executable, "-W", "ignore", "-c", script, *map(str, arguments)],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": TESTS, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "PYTHONPATH": FOLDERS, "HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 0, done.stderr
     return done.stdout, done.stderr
@@ -51,6 +51,28 @@ print(*sorted(path.name for path in folder.iterdir()))
 def test_a_pipeline_is_imported_saved_and_loaded_in_silence(tmp_path):
     """No word on torchvision, no bar for parts, shards and weights."""
     assert said(SAVES_AND_LOADS, tmp_path) == ("lora sd\n", "")
+
+
+LOADS = """
+import sys
+from pathlib import Path
+from hub_models import save_bert, save_gpt2
+from tiny_clip import save_clip
+from rtb_rl.adapters.causal_lm import load_causal_lm
+from rtb_rl.adapters.clip import clip_from_weights, load_clip
+from rtb_rl.adapters.masked_lm import load_masked_lm
+clip, bert, gpt2 = (Path(sys.argv[1]) / name for name in ("clip", "bert", "gpt2"))
+save_clip(clip), save_bert(bert, ["a cat"]), save_gpt2(gpt2, ["a cat"])
+print("saved", file=sys.stderr)
+weights = load_clip(clip).model.state_dict()
+clip_from_weights(weights, "weights", processor=clip)
+load_masked_lm(bert), load_causal_lm(str(gpt2))
+"""
+
+
+def test_models_of_transformers_are_loaded_in_silence(tmp_path):
+    _, errors = said(LOADS, tmp_path)
+    assert errors.partition("saved\n")[2] == ""
 
 
 def test_nothing_is_imported_to_be_silenced():

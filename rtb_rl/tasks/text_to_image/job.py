@@ -1,11 +1,13 @@
 """What every text-to-image program begins with: prompts, reward, pipeline, draws of the prior."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from rich.console import Console
 from torch import Tensor
 
 from rtb_rl.adapters.preference import clip_embedder
@@ -15,6 +17,7 @@ from rtb_rl.adapters.text_to_image import (
     load_text_to_image,
     open_text_to_image,
 )
+from rtb_rl.core.gaussian import SIGNAL_WARNING
 from rtb_rl.errors import InputError
 from rtb_rl.tasks.text_to_image.comparison import TextToImageJob
 from rtb_rl.tasks.text_to_image.evaluation import Measure, Reference, pixel_fields
@@ -57,6 +60,7 @@ def open_text_to_image_job(
     _check_finished(settings)
     embed = pixel_fields if settings.embedder is None else clip_embedder(settings.embedder)
     prior = _open(_pipeline(settings, budget), prompts, settings, budget)
+    _say_what_is_left(prior, budget)
     target = PromptTarget(name, reward, prompts, make_log_z)
     log_probs = cell_log_probs if settings.prior == SHAPES else None
     _check_measures(target, prior, [embed] if log_probs is None else [embed, log_probs])
@@ -182,16 +186,30 @@ def _open(
     settings: TextToImageSettings,
     budget: Budget,
 ) -> TextToImagePrior:
-    return open_text_to_image(
-        pipeline,
-        list(prompts.texts),
-        levels=budget.levels,
-        guidance=budget.guidance,
-        negative=settings.negative,
-        size=settings.size,
-        precision=torch.bfloat16 if settings.half_precision else None,
-        decode_batch=budget.draw_batch,
-    )
+    with warnings.catch_warnings():
+        # _say_what_is_left names the flag that helps; of another schedule there is no choice
+        warnings.filterwarnings("ignore", message="the schedule leaves signal")
+        return open_text_to_image(
+            pipeline,
+            list(prompts.texts),
+            levels=budget.levels,
+            guidance=budget.guidance,
+            negative=settings.negative,
+            size=settings.size,
+            precision=torch.bfloat16 if settings.half_precision else None,
+            decode_batch=budget.draw_batch,
+        )
+
+
+def _say_what_is_left(prior: TextToImagePrior, budget: Budget) -> None:
+    """Warn, once, where the chain keeps signal at its last level and nothing is done about it."""
+    left = prior.diffusion.signal_left
+    if left > SIGNAL_WARNING and not budget.posterior.learned_start:
+        Console(stderr=True).print(
+            f"warning: signal {left:.3f} is left at the last level, so that no posterior with the"
+            " prior's first noise is exact; in rtb_text_to_image --learned-start learns another",
+            highlight=False,
+        )
 
 
 def _references(draws: PriorDraws, measure: Measure, beta: float) -> list[Reference]:
