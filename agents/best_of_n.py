@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tyro
 
-from rtb_rl.rl import JobSettings, fit_prior, open_job
+from rtb_rl.rl import JobSettings, open_job
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ def main(settings: Settings) -> None:
     """Fit prior and critic and evaluate the critic's choice among N draws."""
     tuning = Path(__file__).with_name("rtb_iql.toml")
     job = open_job(settings, program="best_of_n", method="best_of_n", tuning_file=tuning)
-    fit_prior(job.out / "prior", job.dataset, job.budget.prior, seed=settings.seed)
+    job.prior()
     critic = job.critic()
     job.finish(["prior", "best_of_n"], critic=critic)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from rtb_rl.rl import JobSettings, fit_prior, open_job
+from rtb_rl.rl import JobSettings, open_job
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ def main(settings: Settings) -> None:
     """Fit the behaviour prior and evaluate it."""
     tuning = Path(__file__).with_name("rtb_iql.toml")
     job = open_job(settings, program="diffusion_bc", method="prior", tuning_file=tuning)
-    fit_prior(job.out / "prior", job.dataset, job.budget.prior, seed=settings.seed)
+    job.prior()
     job.finish(["prior"])
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import tyro
 
-from rtb_rl.rl import JobSettings, fit_gaussian_policy, open_job
+from rtb_rl.rl import JobSettings, open_job
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,8 @@ def main(settings: Settings) -> None:
     tuning = Path(__file__).with_name("rtb_iql.toml")
     job = open_job(settings, program="iql", method="iql", tuning_file=tuning)
     critic = job.critic()
-    fit_gaussian_policy(
-        job.out / "iql", job.dataset, critic, job.budget.gaussian, seed=settings.seed
-    )
-    job.finish(["iql"], critic=critic)
+    job.gaussian_policy(critic)
+    job.finish(["iql"], trained="iql", critic=critic)
 
 
 if __name__ == "__main__":

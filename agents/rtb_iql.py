@@ -13,14 +13,7 @@ from pathlib import Path
 
 import tyro
 
-from rtb_rl.rl import (
-    JobSettings,
-    fit_gaussian_policy,
-    fit_posterior,
-    fit_prior,
-    open_job,
-    state_panels,
-)
+from rtb_rl.rl import JobSettings, open_job, state_panels
 
 
 @dataclass(frozen=True)
@@ -41,19 +34,19 @@ def main(settings: Settings) -> None:
         method="rtb",
         tuning_file=Path(__file__).with_suffix(".toml"),
     )
-    data, budget, seed = job.dataset, job.budget, settings.seed
-    prior = fit_prior(job.out / "prior", data, budget.prior, seed=seed)
-    critic = job.critic()
+    prior, critic = job.prior(), job.critic()
     methods = ["prior", "best_of_n", "rtb"]
     if hasattr(critic, "v"):
-        fit_gaussian_policy(job.out / "iql", data, critic, budget.gaussian, seed=seed)
+        job.gaussian_policy(critic)
         methods.insert(1, "iql")
     chosen = replace(
-        budget.posterior, grouped_log_z=settings.grouped_log_z, langevin=settings.langevin
+        job.budget.posterior, grouped_log_z=settings.grouped_log_z, langevin=settings.langevin
     )
-    posterior = fit_posterior(job.out / "posterior", data, prior, critic, chosen, seed=seed)
-    panels = state_panels(data, prior, posterior, critic, chosen.finetune.beta, seed=seed)
-    job.finish(methods, critic=critic, panels=panels)
+    posterior = job.posterior(prior, critic, chosen)
+    panels = state_panels(
+        job.dataset, prior, posterior, critic, chosen.finetune.beta, seed=settings.seed
+    )
+    job.finish(methods, trained="posterior", critic=critic, panels=panels)
 
 
 if __name__ == "__main__":

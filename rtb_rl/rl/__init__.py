@@ -9,12 +9,14 @@ from rtb_rl.rl.critic_training import (
     fit_critic,
     fit_gaussian_policy,
 )
+from rtb_rl.rl.curve import Curve, Watch
 from rtb_rl.rl.dataset import TransitionDataset, Transitions
 from rtb_rl.rl.environments import make_environment
 from rtb_rl.rl.evaluation import EpisodeRecords, Policy, evaluate
 from rtb_rl.rl.gaussian_policy import AdvantageWeightedRegression, GaussianPolicy, MeanActionPolicy
 from rtb_rl.rl.iql import IQL
-from rtb_rl.rl.job import Job, JobSettings, open_job
+from rtb_rl.rl.job import Job, JobSettings
+from rtb_rl.rl.job_opening import open_job
 from rtb_rl.rl.policy import DiffusionPolicy
 from rtb_rl.rl.posterior import PosteriorSettings, fit_posterior, posterior_model
 from rtb_rl.rl.prior import ActionDiffusion, ActionNetwork, fit_prior
@@ -34,6 +36,7 @@ __all__ = [
     "Budget",
     "Critic",
     "CriticSettings",
+    "Curve",
     "DatasetSummary",
     "DiffusionPolicy",
     "EpisodeRecords",
@@ -50,6 +53,7 @@ __all__ = [
     "TransitionDataset",
     "Transitions",
     "Tuning",
+    "Watch",
     "budget_for",
     "check_critic",
     "collect",

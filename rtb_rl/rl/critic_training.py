@@ -5,8 +5,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from rtb_rl.rl.critic import Critic, IQLCritic, ValueCritic
+from rtb_rl.rl.curve import Watch, unwatched
 from rtb_rl.rl.dataset import TransitionDataset, data_facts
-from rtb_rl.rl.gaussian_policy import AdvantageWeightedRegression, GaussianPolicy
+from rtb_rl.rl.gaussian_policy import (
+    AdvantageWeightedRegression,
+    GaussianPolicy,
+    MeanActionPolicy,
+)
 from rtb_rl.rl.iql import IQL
 from rtb_rl.rl.scores import antmaze_rewards, published_return_scale, return_scale
 from rtb_rl.training.loop import train
@@ -115,6 +120,7 @@ def fit_gaussian_policy(
     settings: GaussianSettings | None = None,
     *,
     seed: int = 0,
+    watch: Watch = unwatched,
 ) -> GaussianPolicy:
     """The policy of IQL: a Gaussian regressed on the data, weighted by exp(temperature (Q - V)).
 
@@ -141,12 +147,14 @@ def fit_gaussian_policy(
     def fit() -> dict[str, Any]:
         data, generator = dataset.to(device), generator_for(seed, "gaussian", device=device)
         policy.scaler.fit(data.observations)
+        acting = MeanActionPolicy(policy)
         seconds = train(
             run,
             lambda step: trainer.update(data.sample(settings.batch, generator=generator)),
             {"trainer": trainer, "generator": GeneratorState(generator)},
             steps=settings.steps,
             description="gaussian",
+            observe=lambda done: watch(done, settings.steps, acting),
         )
         return {"seconds": seconds}
 

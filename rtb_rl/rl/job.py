@@ -1,29 +1,30 @@
-"""What every offline-RL program begins and ends with: data, run, critic; table, figure, results."""
+"""What every offline-RL program begins and ends with: data, run, stages; table, figure, results."""
 
 import json
-import shutil
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from rtb_rl.errors import InputError
-from rtb_rl.rl.budget import Budget, BudgetName, budget_for, read_tuning
-from rtb_rl.rl.collect import collect
-from rtb_rl.rl.critic import Critic, check_critic, load_critic
-from rtb_rl.rl.critic_training import fit_critic, scaled_for_critic
-from rtb_rl.rl.dataset import TransitionDataset, check_spaces, data_facts
-from rtb_rl.rl.environments import make_environment
-from rtb_rl.rl.readers import load_dataset
+from rtb_rl.rl.budget import Budget, BudgetName
+from rtb_rl.rl.critic import Critic, load_critic
+from rtb_rl.rl.critic_training import fit_critic, fit_gaussian_policy, scaled_for_critic
+from rtb_rl.rl.curve import Curve
+from rtb_rl.rl.dataset import TransitionDataset, data_facts
+from rtb_rl.rl.gaussian_policy import GaussianPolicy
+from rtb_rl.rl.posterior import PosteriorSettings, fit_posterior
+from rtb_rl.rl.prior import ActionDiffusion, fit_prior
 from rtb_rl.rl.report import StatePanel, draw_figure, evaluate_methods, print_table
 from rtb_rl.rl.saved import load_policy
+from rtb_rl.rl.shared_stages import SharedStages
 from rtb_rl.rl.summary import summarise
 from rtb_rl.training.diagnostics import trust
+from rtb_rl.training.memory import peak_of_this_process
 from rtb_rl.training.run import Run
-
-EMBEDDED = "hopper-medium-replay"
+from rtb_rl.training.stage import fingerprint
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,10 @@ class JobSettings:
     """package.module:factory of a critic of your own, instead of IQL's."""
     share: Path | None = None
     """Run whose prior and critic, fitted with the same settings, are taken over."""
+    stages: Path | None = None
+    """Directory of stages that several runs share: each is fitted once, by the first to need it."""
+    curve: int = 0
+    """How many times the policy is evaluated while it is trained, 5 episodes each."""
     beta: float | None = None
     """Strength of the critic; not given: as tuned for the data set."""
     candidates: int = 16
@@ -60,6 +65,7 @@ class Job:
     dataset: TransitionDataset
     budget: Budget
     run: Run
+    begun: float = field(default_factory=time.monotonic)
 
     @property
     def out(self) -> Path:
@@ -70,26 +76,79 @@ class Job:
         assert self.dataset.env_id is not None
         return self.dataset.env_id
 
+    def curve(self, stage: Path) -> Curve:
+        """Evaluates the policy of the stage in this directory while it is trained."""
+        points, seed = self.settings.curve, self.settings.seed
+        return Curve(stage / "curve.json", self.env_id, points=points, seed=seed)
+
+    def prior(self) -> ActionDiffusion:
+        """The behaviour prior, fitted."""
+        budget, seed = self.budget.prior, self.settings.seed
+        return self._shared.stage(
+            self.out / "prior",
+            {"prior": asdict(budget), "seed": seed},
+            lambda directory: fit_prior(directory, self.dataset, budget, seed=seed),
+        )
+
     def critic(self) -> Critic:
         """The user's critic, checked, or IQL's, fitted."""
-        spec = self.settings.critic
-        if spec is None:
-            budget = self.budget.critic
-            Console().print(
-                f"critic: {scaled_for_critic(self.dataset, budget)[1]}", highlight=False
-            )
-            return fit_critic(self.out / "critic", self.dataset, budget, seed=self.settings.seed)
-        return load_critic(spec, self.dataset)
+        spec, budget, seed = self.settings.critic, self.budget.critic, self.settings.seed
+        if spec is not None:
+            return load_critic(spec, self.dataset)
+        Console().print(f"critic: {scaled_for_critic(self.dataset, budget)[1]}", highlight=False)
+        return self._shared.stage(
+            self.out / "critic",
+            {"critic": asdict(budget), "seed": seed},
+            lambda directory: fit_critic(directory, self.dataset, budget, seed=seed),
+        )
+
+    def gaussian_policy(self, critic: Critic) -> GaussianPolicy:
+        """IQL's own policy from this critic, fitted."""
+        budget, seed = self.budget.gaussian, self.settings.seed
+        return self._shared.stage(
+            self.out / "iql",
+            {"gaussian": asdict(budget), "critic": fingerprint(critic), "seed": seed},
+            lambda directory: fit_gaussian_policy(
+                directory, self.dataset, critic, budget, seed=seed, watch=self.curve(directory)
+            ),
+        )
+
+    def posterior(
+        self, prior: ActionDiffusion, critic: Critic, settings: PosteriorSettings
+    ) -> ActionDiffusion:
+        """The posterior of this prior and critic, fitted."""
+        seed, made_of = self.settings.seed, (fingerprint(prior), fingerprint(critic))
+        return self._shared.stage(
+            self.out / "posterior",
+            {"posterior": asdict(settings), "made_of": made_of, "seed": seed},
+            lambda directory: fit_posterior(
+                directory,
+                self.dataset,
+                prior,
+                critic,
+                settings,
+                seed=seed,
+                watch=self.curve(directory),
+            ),
+        )
+
+    @property
+    def _shared(self) -> SharedStages:
+        return SharedStages(self.settings.stages, self.dataset)
 
     def finish(
         self,
         methods: Sequence[str],
         *,
+        trained: str | None = None,
         critic: Critic | None = None,
         panels: Sequence[StatePanel] = (),
     ) -> None:
-        """Evaluate the methods, print the table, draw the figure and write results.json."""
-        dataset = self.dataset
+        """Evaluate the methods, print the table, draw the figure and write results.json.
+
+        `trained` is the stage that made the program's own policy, whose learning curve is kept.
+        """
+        dataset, curve = self.dataset, self.curve(self.out / (trained or ""))
         stage = self.run.stage("evaluation", {**self.run.config, "methods": list(methods)})
         policies = {name: load_policy(self.out, name, critic=critic) for name in methods}
         rows = evaluate_methods(
@@ -114,6 +173,10 @@ class Job:
                 "dataset": {**data_facts(dataset), "summary": asdict(summarise(dataset))},
                 "versions": self._manifest()["versions"],
                 "manifest": self._manifest(),
+                "curve": curve.points,
+                "best": curve.best,
+                "wall_seconds": time.monotonic() - self.begun,
+                "peak_memory_bytes": peak_of_this_process(),
             }
         )
         taken = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in timings.items())
@@ -126,88 +189,15 @@ class Job:
 
     def _stage_results(self) -> tuple[dict[str, float], dict[str, float]]:
         timings, diagnostics = {}, {}
-        for name in ("prior", "critic", "iql", "posterior"):
-            if (self.out / name / "config.json").exists():
-                results = _read_json(self.out / name / "results.json")
-                timings[name] = results["seconds"]
+        for path in sorted(self.out.glob("*/results.json")):
+            results = _read_json(path)
+            if "seconds" in results:
+                timings[path.parent.name] = results["seconds"]
                 diagnostics |= results.get("diagnostics", {})
         return timings, diagnostics
 
     def _manifest(self) -> dict[str, Any]:
         return _read_json(self.out / "manifest.json")
-
-
-def open_job(settings: JobSettings, *, program: str, method: str, tuning_file: Path) -> Job:
-    """Load and check all that the program will use, before anything is trained or written.
-
-    Raises InputError for data, environment, critic or directory that don't fit.
-    """
-    tuning = read_tuning(tuning_file, _tuning_key(settings))
-    budget = budget_for(settings.budget, tuning)
-    if settings.beta is not None:
-        budget = budget.with_beta(settings.beta)
-    dataset = _dataset(settings, budget)
-    _check_environment(dataset)
-    if settings.critic is not None:
-        critic = load_critic(settings.critic, dataset)
-        check_critic(critic, dataset.observation_size, dataset.action_size)
-    Console().print(str(summarise(dataset)), highlight=False, soft_wrap=True)
-    config = {
-        **data_facts(dataset),
-        "source": _source(settings, budget),
-        "program": program,
-        "method": method,
-        "seed": settings.seed,
-        "budget": settings.budget,
-        "critic": settings.critic,
-        "candidates": settings.candidates,
-        "settings": asdict(budget),
-    }
-    run = Run(settings.out, config)
-    if settings.share is not None:
-        _take_over(settings.share, run.directory)
-    return Job(settings, dataset, budget, run)
-
-
-def _tuning_key(settings: JobSettings) -> str:
-    return EMBEDDED if settings.dataset is None else Path(settings.dataset).stem
-
-
-def _source(settings: JobSettings, budget: Budget) -> str:
-    return settings.dataset or f"local/hopper/medium-replay-{budget.collected_steps}-v0"
-
-
-def _dataset(settings: JobSettings, budget: Budget) -> TransitionDataset:
-    source = _source(settings, budget)
-    if settings.dataset is None:
-        collect(EMBEDDED, steps=budget.collected_steps, seed=0, dataset_id=source)
-    return load_dataset(source, env_id=settings.env_id, clip_actions=settings.clip_actions)
-
-
-def _check_environment(dataset: TransitionDataset) -> None:
-    if dataset.env_id is None:
-        raise InputError(
-            f"data set {dataset.name!r} doesn't say which environment it was recorded in; give it "
-            f"with"
-            " --env-id, such as --env-id Hopper-v5"
-        )
-    env = make_environment(dataset.env_id)
-    try:
-        check_spaces(dataset, env.observation_space, env.action_space)
-    finally:
-        env.close()
-
-
-def _take_over(source: Path, out: Path) -> None:
-    """Copy the complete stages of another run; their configuration is checked on use."""
-    found = [
-        name for name in ("prior", "critic", "iql") if (source / name / "results.json").exists()
-    ]
-    if not found:
-        raise InputError(f"{source} holds no complete prior, critic or iql; give another --share")
-    for name in found:
-        if not (out / name).exists():
-            shutil.copytree(source / name, out / name)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

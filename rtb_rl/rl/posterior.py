@@ -7,11 +7,14 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from rtb_rl.core import ConditionalLogZ, GroupMeanLogZ, huber, rtb
+from rtb_rl.core import ConditionalLogZ, GroupMeanLogZ, Sampler, huber, rtb
+from rtb_rl.core.protocols import Objective
 from rtb_rl.errors import InputError
 from rtb_rl.nn import MLP, LangevinDenoiser, LearnedSpread
 from rtb_rl.rl.critic import Critic, check_critic
+from rtb_rl.rl.curve import Watch, unwatched
 from rtb_rl.rl.dataset import TransitionDataset, data_facts
+from rtb_rl.rl.policy import DiffusionPolicy
 from rtb_rl.rl.prior import ActionDiffusion
 from rtb_rl.rl.task import critic_gradient, offline_rl_task
 from rtb_rl.training.diagnostics import diagnose
@@ -69,6 +72,7 @@ def fit_posterior(
     settings: PosteriorSettings | None = None,
     *,
     seed: int = 0,
+    watch: Watch = unwatched,
 ) -> ActionDiffusion:
     """The posterior of a behaviour prior and a critic; results.json of its run has the diagnostics.
 
@@ -91,24 +95,15 @@ def fit_posterior(
     )
 
     def fit() -> dict[str, Any]:
-        threshold = settings.huber_threshold
         finetuner = Finetuner(
             task,
             _log_z(data, settings, seed),
             settings.finetune,
             generator=generator_for(seed, "posterior", device=prior.device),
-            objective=rtb() if threshold is None else rtb(huber(threshold)),
+            objective=_objective(settings),
             accelerator=Accelerator(),
         )
-        seconds = train(
-            run,
-            finetuner.update,
-            finetuner.parts,
-            steps=settings.finetune.updates,
-            description="posterior",
-            log_every=LOG_EVERY,
-            checkpoint_every=CHECKPOINT_EVERY,
-        )
+        seconds = _train(run, finetuner, data, watch)
         posterior.denoiser.load_state_dict(finetuner.average.module.state_dict())
         diagnostics = diagnose(
             task,
@@ -121,6 +116,28 @@ def fit_posterior(
 
     complete(run, posterior, fit)
     return posterior
+
+
+def _train(run: Run, finetuner: Finetuner, data: TransitionDataset, watch: Watch) -> float:
+    """The seconds it took; the average is watched."""
+    sampler = Sampler(finetuner.task.diffusion, finetuner.average.module)
+    policy = DiffusionPolicy(sampler, action_low=data.action_low, action_high=data.action_high)
+    updates = finetuner.settings.updates
+    return train(
+        run,
+        finetuner.update,
+        finetuner.parts,
+        steps=updates,
+        description="posterior",
+        log_every=LOG_EVERY,
+        checkpoint_every=CHECKPOINT_EVERY,
+        observe=lambda done: watch(done, updates, policy),
+    )
+
+
+def _objective(settings: PosteriorSettings) -> Objective:
+    threshold = settings.huber_threshold
+    return rtb() if threshold is None else rtb(huber(threshold))
 
 
 def _log_z(dataset: TransitionDataset, settings: PosteriorSettings, seed: int) -> LearnedLogZ:

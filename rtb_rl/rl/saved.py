@@ -1,6 +1,7 @@
 """Policies of finished runs, rebuilt from their files alone."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,6 @@ from rtb_rl.rl.prior import ActionDiffusion, ActionNetwork
 from rtb_rl.rl.readers import load_dataset
 from rtb_rl.training.seeding import generator_for
 from rtb_rl.training.stage import load_weights
-
-METHODS = ("prior", "iql", "best_of_n", "rtb")
 
 
 @dataclass(frozen=True)
@@ -47,35 +46,66 @@ def load_policy(
     root = Path(directory)
     config = _config(root)
     method = method or config.get("method")
-    if method not in METHODS:
-        raise InputError(f"method {method!r} is none of {', '.join(METHODS)}; name one of these")
-    policy = _build(root, config, method, critic)
+    if method not in LOADERS:
+        raise InputError(f"method {method!r} is none of {', '.join(LOADERS)}; name one of these")
+    policy = LOADERS[method](root, config, critic)
     reference = config["reference_returns"]
     return SavedPolicy(policy, config["env_id"], tuple(reference) if reference else None)
 
 
-def _build(root: Path, config: dict[str, Any], method: str, critic: Critic | None) -> Policy:
-    if method == "iql":
-        return MeanActionPolicy(load_gaussian(root / "iql"))
-    low, high = torch.tensor(config["action_low"]), torch.tensor(config["action_high"])
-    prior = load_prior(root / "prior")
-    if method == "prior":
-        return DiffusionPolicy(prior.sampler, action_low=low, action_high=high)
-    if method == "best_of_n":
-        return DiffusionPolicy(
-            prior.sampler,
-            action_low=low,
-            action_high=high,
-            candidates=config["candidates"],
-            critic=critic or _critic(root, config),
-        )
-    posterior_config = _config(root / "posterior")
-    langevin = posterior_config["posterior"]["langevin"]
+def _prior(root: Path, config: dict[str, Any], critic: Critic | None) -> Policy:
+    return _acting(load_prior(root / "prior"), config)
+
+
+def _iql(root: Path, config: dict[str, Any], critic: Critic | None) -> Policy:
+    return MeanActionPolicy(load_gaussian(root / "iql"))
+
+
+def _best_of_n(root: Path, config: dict[str, Any], critic: Critic | None) -> Policy:
+    return _acting(load_prior(root / "prior"), config, critic or _critic(root, config))
+
+
+def _rtb(root: Path, config: dict[str, Any], critic: Critic | None) -> Policy:
+    return _acting(_posterior(root, config, critic), config)
+
+
+def _rtb_best_of_n(root: Path, config: dict[str, Any], critic: Critic | None) -> Policy:
+    chosen_by = critic or _critic(root, config)
+    return _acting(_posterior(root, config, chosen_by), config, chosen_by)
+
+
+Loader = Callable[[Path, dict[str, Any], Critic | None], Policy]
+
+LOADERS: dict[str, Loader] = {
+    "prior": _prior,
+    "iql": _iql,
+    "best_of_n": _best_of_n,
+    "rtb": _rtb,
+    "rtb_best_of_n": _rtb_best_of_n,
+}
+"""Method -> its policy from the directory of a run, the run's configuration, and the critic where
+it was given as a Python object."""
+
+
+def _posterior(root: Path, config: dict[str, Any], critic: Critic | None) -> ActionDiffusion:
+    langevin = _config(root / "posterior")["posterior"]["langevin"]
     needed = critic or _critic(root, config) if langevin else critic
-    posterior = posterior_model(prior, needed, langevin=langevin)
+    posterior = posterior_model(load_prior(root / "prior"), needed, langevin=langevin)
     load_weights(root / "posterior", posterior)
-    posterior.requires_grad_(False).eval()
-    return DiffusionPolicy(posterior.sampler, action_low=low, action_high=high)
+    return posterior.requires_grad_(False).eval()
+
+
+def _acting(
+    model: ActionDiffusion, config: dict[str, Any], critic: Critic | None = None
+) -> DiffusionPolicy:
+    """Acts by draws of the model, or by the one of several that a critic chooses."""
+    return DiffusionPolicy(
+        model.sampler,
+        action_low=torch.tensor(config["action_low"]),
+        action_high=torch.tensor(config["action_high"]),
+        candidates=1 if critic is None else config["candidates"],
+        critic=critic,
+    )
 
 
 def load_prior(directory: Path) -> ActionDiffusion:

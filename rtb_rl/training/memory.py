@@ -21,8 +21,13 @@ def peak_memory(work: Callable[[], object]) -> float:
 
 def _peak_after(work: Callable[[], object]) -> float:
     work()
+    return peak_of_this_process() / 1024**2
+
+
+def peak_of_this_process() -> int:
+    """Largest resident memory so far, bytes, libraries included."""
     if STATUS.exists():  # what getrusage says includes the parent's peak on Linux
         line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 1024
+        return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1024**2 if sys.platform == "darwin" else peak / 1024
+    return peak if sys.platform == "darwin" else peak * 1024

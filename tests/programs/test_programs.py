@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rtb_rl.errors import InputError
-from rtb_rl.rl import Budget, collect, evaluate, job, load_policy, posterior, read_tuning
+from rtb_rl.rl import Budget, collect, evaluate, job_opening, load_policy, posterior, read_tuning
 from rtb_rl.rl.critic_training import CriticSettings, GaussianSettings
 from rtb_rl.rl.posterior import PosteriorSettings
 from rtb_rl.training import FinetuneSettings, PretrainSettings, Run, loop
@@ -18,6 +18,7 @@ PROGRAMS = {
     "diffusion_bc": ["prior"],
     "best_of_n": ["prior", "best_of_n"],
     "iql": ["iql"],
+    "rtb_best_of_n": ["rtb", "rtb_best_of_n"],
 }
 TINY = Budget(
     prior=PretrainSettings(steps=24, batch=32),
@@ -42,7 +43,7 @@ def dataset(tmp_path_factory):
 @pytest.fixture
 def tiny(monkeypatch):
     """Tiny budgets, checkpoints every few steps."""
-    monkeypatch.setattr(job, "budget_for", lambda name, tuning: TINY.with_beta(tuning.beta))
+    monkeypatch.setattr(job_opening, "budget_for", lambda name, tuning: TINY.with_beta(tuning.beta))
     monkeypatch.setattr(posterior, "LOG_EVERY", 2)
     monkeypatch.setattr(posterior, "CHECKPOINT_EVERY", 4)
     often = {**loop.train.__kwdefaults__, "log_every": 4, "checkpoint_every": 8}
@@ -124,6 +125,23 @@ def test_other_programs_take_over_prior_and_critic(dataset, tiny, tmp_path):
     assert (tmp_path / "other" / "prior" / "model.safetensors").read_bytes() == first
     with pytest.raises(InputError, match="holds no complete"):
         run("best_of_n", dataset, tmp_path / "third", share=tmp_path / "nowhere")
+
+
+def test_runs_share_stages_and_keep_the_curve_of_their_policy(dataset, tiny, tmp_path):
+    """Two programs in one directory of stages: one critic, and weights as without sharing."""
+    shared = {"stages": tmp_path / "stages", "curve": 2}
+    alone = run("rtb_iql", dataset, tmp_path / "alone")
+    assert run("iql", dataset, tmp_path / "iql", **shared)["methods"]["iql"]["returns"]
+    again = run("rtb_iql", dataset, tmp_path / "rtb", **shared)
+    assert again == alone
+    assert len(list((tmp_path / "stages").rglob("critic-seed3-*/results.json"))) == 1
+    for name, stage in (("iql", "iql"), ("rtb", "posterior")):
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        steps = [point["step"] for point in results["curve"]]
+        assert len(steps) == 2 and steps[1] == results["curve"][1]["steps"]
+        assert results["best"] in results["curve"]
+        assert results["curve"] == json.loads((tmp_path / name / stage / "curve.json").read_text())
+        assert results["peak_memory_bytes"] > 1e8 and results["wall_seconds"] > 0
 
 
 def test_a_critic_of_one_s_own_by_name(dataset, tiny, tmp_path, monkeypatch):

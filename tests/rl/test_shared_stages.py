@@ -1,0 +1,106 @@
+"""Stages shared by runs: fitted once, whoever asks, and whoever dies."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from rtb_rl.errors import InputError
+from rtb_rl.rl import load_dataset
+from rtb_rl.rl.shared_stages import SharedStages
+
+ROWS = 20
+FACTS = {"seed": 0, "steps": 3}
+FITTER = """
+import sys, time
+from pathlib import Path
+import torch
+from rtb_rl.rl import load_dataset
+from rtb_rl.rl.shared_stages import SharedStages
+
+root, own, seconds = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
+ends = torch.ones(20, dtype=torch.bool).numpy()
+zeros = torch.zeros(20, 2).numpy()
+data = load_dataset(dict(observations=zeros, actions=zeros, rewards=zeros[:, 0], terminals=ends,
+                         timeouts=~ends))
+
+def fit(directory):
+    directory.mkdir(parents=True, exist_ok=True)
+    if not (directory / "results.json").exists():
+        with open(directory / "begun", "a") as file:
+            file.write("x")
+        time.sleep(seconds)
+        (directory / "results.json").write_text("{}")
+
+SharedStages(root, data).stage(own, {"seed": 0, "steps": 3}, fit)
+"""
+
+
+@pytest.fixture
+def data():
+    ends = torch.ones(ROWS, dtype=torch.bool).numpy()
+    zeros = torch.zeros(ROWS, 2).numpy()
+    arrays = dict(observations=zeros, actions=zeros, rewards=zeros[:, 0])
+    return load_dataset(dict(**arrays, terminals=ends, timeouts=~ends))
+
+
+def fit(directory):
+    """A stage that counts how often it was fitted."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "checkpoints").mkdir(exist_ok=True)
+    if not (directory / "results.json").exists():
+        with open(directory / "begun", "a") as file:
+            file.write("x")
+        (directory / "results.json").write_text("{}")
+    return directory
+
+
+def fitter(tmp_path, name, seconds):
+    arguments = [str(tmp_path / "stages"), str(tmp_path / name / "prior"), str(seconds)]
+    (tmp_path / name).mkdir()
+    return subprocess.Popen([sys.executable, "-c", FITTER, *arguments])
+
+
+def test_a_stage_is_fitted_once_and_copied_without_its_checkpoints(data, tmp_path):
+    stages = SharedStages(tmp_path / "stages", data)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        assert stages.stage(tmp_path / name / "prior", FACTS, fit) == tmp_path / name / "prior"
+        assert (tmp_path / name / "prior" / "begun").read_text() == "x"
+    shared = [path for path in (tmp_path / "stages").rglob("begun")]
+    assert [path.read_text() for path in shared] == ["x"]
+    assert shared[0].parent.name.startswith("prior-seed0-")
+    stages.stage(tmp_path / "one" / "critic", FACTS, fit)
+    stages.stage(tmp_path / "two" / "critic", {**FACTS, "steps": 4}, fit)
+    assert len(list((tmp_path / "stages").rglob("begun"))) == 3
+
+
+def test_without_a_directory_and_where_a_run_has_begun_the_stage_is_its_own(data, tmp_path):
+    SharedStages(None, data).stage(tmp_path / "prior", FACTS, fit)
+    SharedStages(tmp_path / "stages", data).stage(tmp_path / "prior", FACTS, fit)
+    assert (tmp_path / "prior" / "begun").read_text() == "x"
+    assert not (tmp_path / "stages").exists()
+
+
+def test_two_processes_fit_one_stage_and_a_killed_one_leaves_no_lock(tmp_path):
+    killed = fitter(tmp_path, "killed", 60)
+    while not list((tmp_path / "stages").rglob("begun")):
+        time.sleep(0.05)
+    waiting = [fitter(tmp_path, name, 0.2) for name in ("second", "third")]
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert [process.wait(timeout=60) for process in waiting] == [0, 0]
+    (begun,) = (tmp_path / "stages").rglob("begun")
+    assert begun.read_text() == "xx"  # the killed one, and one of the two that waited
+    for name in ("second", "third"):
+        assert (tmp_path / name / "prior" / "results.json").exists()
+
+
+def test_a_directory_that_can_t_be_written_is_named(data, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="can't write shared stages in .*file.*another --stages"):
+        SharedStages(tmp_path / "file", data).stage(tmp_path / "prior", FACTS, fit)
