@@ -111,42 +111,6 @@ def without_prompt(reward: ImageReward) -> WithoutPrompt:
     return WithoutPrompt(reward)
 
 
-@dataclass(frozen=True, eq=False)
-class Total:
-    """The sum of several log rewards, so the product of the rewards.
-
-    Its info has the numbers of each part under its position and the name of its class, such as
-    "0/ColourScore", and whatever the parts report, under the same name.
-    """
-
-    parts: tuple[PromptReward, ...]
-
-    def __post_init__(self):
-        if not self.parts:
-            raise InputError("a sum of no rewards; give at least one")
-
-    @property
-    def differentiable(self) -> bool:
-        return all(is_differentiable(part) for part in self.parts)
-
-    def __call__(
-        self, images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]
-    ) -> tuple[Tensor, dict[str, Any]]:
-        sums, info = images.new_zeros(len(images)), {}
-        for place, part in enumerate(self.parts):
-            log_r, more = CheckedReward(part)(images, prompts, metadata)
-            name = f"{place}/{getattr(part, '__name__', type(part).__name__)}"
-            info[name] = log_r.detach()
-            info |= {f"{name}/{key}": value for key, value in more.items()}
-            sums = sums + log_r
-        return sums, info
-
-
-def total(*parts: PromptReward) -> Total:
-    """log r_1 + log r_2 + ..."""
-    return Total(parts)
-
-
 def _check_given(images: Tensor, prompts: Sequence[str], metadata: Sequence[Metadata]) -> None:
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise InputError(

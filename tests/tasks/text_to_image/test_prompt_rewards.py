@@ -6,7 +6,7 @@ import torch
 
 from rtb_rl.errors import InputError, NonFiniteError
 from rtb_rl.tasks.image.rewards import Brightness, jpeg_compressibility, jpeg_incompressibility
-from rtb_rl.tasks.text_to_image.rewards import CheckedReward, Total, total, without_prompt
+from rtb_rl.tasks.text_to_image.rewards import CheckedReward, without_prompt
 
 PROMPTS = ["a cat", "a dog", "a house"]
 
@@ -142,15 +142,3 @@ def test_rewards_of_images_alone_serve(images):
     assert torch.equal(small, jpeg_compressibility(scale=2.0)(images, None))
     assert not without_prompt(jpeg_compressibility()).differentiable
     assert without_prompt(Brightness()).differentiable
-
-
-def test_a_total_is_the_sum_of_its_parts(images):
-    parts = (without_prompt(Brightness(2.0)), lambda *given: ([1.0, 2.0, 3.0], {"note": 7}))
-    log_r, info = CheckedReward(total(*parts))(images, PROMPTS)
-    bright = 2 * images.flatten(1).mean(1)
-    assert torch.allclose(log_r, bright + torch.tensor([1.0, 2.0, 3.0]))
-    assert torch.allclose(info["0/WithoutPrompt"], bright)
-    assert info["1/<lambda>"].tolist() == [1.0, 2.0, 3.0] and info["1/<lambda>/note"] == 7
-    assert not total(*parts).differentiable and total(parts[0]).differentiable
-    with pytest.raises(InputError, match="at least one"):
-        Total(())
