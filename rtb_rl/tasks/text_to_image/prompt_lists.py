@@ -1,6 +1,7 @@
 """Prompts as they are given: one, several, or a file, with what a reward may want to know."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,9 @@ KEY = "prompt"
 
 @dataclass(frozen=True)
 class PromptList:
-    """Prompts, and for each what a reward gets as its metadata. InputError for no prompt."""
+    """Prompts, each once, and for each what a reward gets as its metadata. InputError for no prompt
+    and for one that comes twice.
+    """
 
     texts: tuple[str, ...]
     metadata: tuple[Mapping[str, Any], ...]
@@ -25,6 +28,12 @@ class PromptList:
             raise InputError(
                 f"{len(self.texts)} prompts came with metadata for {len(self.metadata)}; give one"
                 " entry a prompt"
+            )
+        if twice := [text for text, times in Counter(self.texts).items() if times > 1]:
+            raise InputError(
+                f"the prompt {twice[0]!r} is there {self.texts.count(twice[0])} times, and results"
+                " go by the prompt's text; give each once, or word them differently where their"
+                " metadata differ"
             )
 
     def __len__(self) -> int:

@@ -75,6 +75,22 @@ def test_no_prompt_and_metadata_of_another_number():
         PromptList(("a", "b"), ({},))
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.txt", "a cat\ntwo dogs\na cat \n"),
+        ("p.jsonl", '{"prompt": "a cat"}\n{"prompt": "two dogs"}\n{"prompt": "a cat", "n": 2}'),
+    ],
+)
+def test_a_prompt_that_comes_twice(name, content, tmp_path):
+    """Also with other metadata: rows of results would fall on each other."""
+    words = "'a cat' is there 2 times.*give each once, or word them differently"
+    with pytest.raises(InputError, match=words):
+        read_prompts(written(tmp_path, name, content))
+    with pytest.raises(InputError, match="'x' is there 3 times"):
+        prompts_of(TextToImageSettings(prompts=("x", "a", "x", "x")))
+
+
 def test_what_settings_mean(tmp_path):
     """Shapes have a prompt and a reward of their own, other pipelines need both."""
     assert prompts_of(TextToImageSettings()).texts == ("a shape",)
