@@ -127,9 +127,7 @@ def measure(job: TextToImageJob, name: str, budget: CallBudget, training: float)
         posterior = fit(job, fitted[name], training)
         return job.add(name, partial(job.draw, posterior), posterior.results)
     model = (job.prior.diffusion, job.prior.denoiser, job.measure.log_reward, job.condition)
-    given: dict[str, Any] = {"budget": budget, "beta": job.beta}
-    if name != "FK steering":
-        given["batch"] = job.budget.draw_batch
+    given: dict[str, Any] = {"budget": budget, "beta": job.beta, "batch": job.budget.draw_batch}
     method = partial(FREE[name], *model, **given)
     return job.add(name, lambda generator: method(generator=generator))
 

@@ -1,12 +1,13 @@
 """What every training-free method returns, and the counting of what it cost."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rtb_rl.core import Denoiser, LogReward, OnDemandLogProbs
+from rtb_rl.core import Denoiser, LogReward, OnDemandLogProbs, conditions
 from rtb_rl.core.protocols import Condition
 from rtb_rl.errors import InputError, NonFiniteError
 from rtb_rl.training.scoring import LOG_REWARD_FLOOR
@@ -82,6 +83,24 @@ def tempered(log_reward: LogReward, beta: float) -> LogReward:
         return beta * values.clamp(min=LOG_REWARD_FLOOR)
 
     return checked
+
+
+def in_batches(function: Callable[..., Any], size: int) -> Callable[..., Any]:
+    """`function(*tensors, condition)`, a Gaussian denoiser or a reward, that sees at most `size`
+    rows at once; what it returns of them is put together.
+    """
+
+    def batched(*given: Any) -> Any:
+        *tensors, condition = given
+        parts, begin = [], 0
+        for part, count in conditions.split(condition, len(tensors[0]), size):
+            parts.append(function(*(rows[begin : begin + count] for rows in tensors), part))
+            begin += count
+        if isinstance(parts[0], tuple):  # a ScaledPrediction
+            return type(parts[0])(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+        return torch.cat(parts)
+
+    return batched
 
 
 def as_rows(x0: Tensor, condition: Condition, n: int) -> Tensor:

@@ -1,16 +1,18 @@
 """Training-free methods on an image target, at a budget of network calls."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Generator
 
-from rtb_rl.baselines.draws import Draws
+from rtb_rl.baselines.draws import Draws, in_batches
 from rtb_rl.baselines.guidance import dps, lgd_mc, noised_logits_guidance
 from rtb_rl.baselines.selection import best_of_n, importance_resampling
 from rtb_rl.baselines.steering import fk_steering, twisted_smc
+from rtb_rl.core import conditions
 from rtb_rl.tasks.image.classifier import Classifier
 from rtb_rl.tasks.image.images import to_images
 
@@ -46,14 +48,34 @@ def guidance(method: Callable[..., Draws], *model: Any, budget: Budget, **given:
 
 
 def swarm(
-    method: Callable[..., Draws], price: int, *model: Any, budget: Budget, **given: Any
+    method: Callable[..., Draws],
+    price: int,
+    *model: Any,
+    budget: Budget,
+    batch: int | None = None,
+    **given: Any,
 ) -> Draws:
-    """One population as large as the budget allows; as many of it as are asked for."""
+    """For each condition one population as large as the budget allows; as many of it as are asked
+    for.
+
+    With `batch`, denoiser and reward see at most so many particles at once, and only conditions
+    whose populations fit in it are drawn together: no population is divided.
+    """
+    diffusion, *functions, condition = model
     each = budget.population(price)
-    particles = each * budget.draws
-    found = method(*model, particles, particles=particles, **given)
-    x0 = found.x0[::each] if model[-1] is None else found.x0[:, ::each]
-    return replace(found, x0=x0, calls=found.calls * each)
+    particles, rows = each * budget.draws, conditions.count(condition) or 1
+    together = rows
+    if batch is not None:
+        functions = [in_batches(function, batch) for function in functions]
+        together = max(1, batch // particles)
+    found = [
+        method(diffusion, *functions, part, particles, particles=particles, **given)
+        for part, _ in conditions.split(condition, rows, together)
+    ]
+    x0 = torch.cat([draws.x0 for draws in found])
+    x0 = x0[::each] if condition is None else x0[:, ::each]
+    log_z, ess = ([getattr(draws, name) for draws in found] for name in ("log_z", "ess"))
+    return Draws(x0, found[0].calls * each, torch.cat(log_z), torch.cat(ess))
 
 
 def weak(
