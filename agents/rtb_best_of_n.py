@@ -22,7 +22,7 @@ def main(settings: Settings) -> None:
     tuning = Path(__file__).with_name("rtb_iql.toml")
     job = open_job(settings, program="rtb_best_of_n", method="rtb_best_of_n", tuning_file=tuning)
     prior, critic = job.prior(), job.critic()
-    job.posterior(prior, critic, replace(job.budget.posterior, grouped_log_z=True))
+    job.posterior(prior, critic, replace(job.posterior_settings(prior, critic), grouped_log_z=True))
     job.finish(["rtb", "rtb_best_of_n"], critic=critic)
 
 

@@ -40,7 +40,9 @@ def main(settings: Settings) -> None:
         job.gaussian_policy(critic)
         methods.insert(1, "iql")
     chosen = replace(
-        job.budget.posterior, grouped_log_z=settings.grouped_log_z, langevin=settings.langevin
+        job.posterior_settings(prior, critic),
+        grouped_log_z=settings.grouped_log_z,
+        langevin=settings.langevin,
     )
     posterior = job.posterior(prior, critic, chosen)
     panels = state_panels(

@@ -20,10 +20,12 @@ from rtb_rl.rl.prior import ActionDiffusion, fit_prior
 from rtb_rl.rl.report import StatePanel, draw_figure, evaluate_methods, print_table
 from rtb_rl.rl.saved import load_policy
 from rtb_rl.rl.shared_stages import SharedStages
+from rtb_rl.rl.strength import beta_for_ess
 from rtb_rl.rl.summary import summarise
 from rtb_rl.training.diagnostics import trust
 from rtb_rl.training.memory import peak_of_this_process
 from rtb_rl.training.run import Run
+from rtb_rl.training.seeding import generator_for
 from rtb_rl.training.stage import fingerprint
 
 
@@ -51,6 +53,9 @@ class JobSettings:
     """How many times the policy is evaluated while it is trained, 5 episodes each."""
     beta: float | None = None
     """Strength of the critic; not given: as tuned for the data set."""
+    ess: float | None = None
+    """Instead of a beta: the largest at which draws of the prior, weighted by exp(beta Q), keep
+    this effective sample size, a share between 0 and 1. Needs no episode and no training."""
     candidates: int = 16
     """Actions among which best_of_n lets the critic choose."""
     clip_actions: bool = False
@@ -112,6 +117,16 @@ class Job:
                 directory, self.dataset, critic, budget, seed=seed, watch=self.curve(directory)
             ),
         )
+
+    def posterior_settings(self, prior: ActionDiffusion, critic: Critic) -> PosteriorSettings:
+        """Those of the budget, with the beta that `ess` asks for."""
+        share, seed = self.settings.ess, self.settings.seed
+        if share is None:
+            return self.budget.posterior
+        generator = generator_for(seed, "beta", device=prior.device)
+        beta = beta_for_ess(prior, critic, self.dataset, share, generator=generator)
+        Console().print(f"beta {beta:.4g}: prior draws keep an ESS of {share}", highlight=False)
+        return self.budget.with_beta(beta).posterior
 
     def posterior(
         self, prior: ActionDiffusion, critic: Critic, settings: PosteriorSettings

@@ -16,6 +16,7 @@ from rtb_rl.rl.dataset import TransitionDataset, check_spaces, data_facts
 from rtb_rl.rl.environments import make_environment
 from rtb_rl.rl.job import Job, JobSettings
 from rtb_rl.rl.readers import load_dataset
+from rtb_rl.rl.strength import check_share
 from rtb_rl.rl.summary import summarise
 from rtb_rl.training.run import Run
 
@@ -39,6 +40,8 @@ def open_job(
     budget = budget_for(settings.budget, tuning)
     if settings.beta is not None:
         budget = budget.with_beta(settings.beta)
+    if settings.ess is not None:
+        check_share(settings.ess, settings.beta)
     dataset = _dataset(settings, budget)
     _check_environment(dataset)
     if settings.critic is not None:
@@ -54,6 +57,7 @@ def open_job(
         "budget": settings.budget,
         "critic": settings.critic,
         "candidates": settings.candidates,
+        "ess": settings.ess,
         "settings": {**asdict(budget), **(own or {})},
     }
     run = Run(settings.out, config)

@@ -1,6 +1,5 @@
 """Policies of finished runs, rebuilt from their files alone."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +9,16 @@ import torch
 from torch import Generator, Tensor
 
 from rtb_rl.errors import InputError
-from rtb_rl.rl.critic import Critic, load_critic
+from rtb_rl.rl.critic import Critic, IQLCritic, load_critic
 from rtb_rl.rl.critic_training import CriticSettings, new_critic
 from rtb_rl.rl.evaluation import Policy
+from rtb_rl.rl.fitted import fitted_config
 from rtb_rl.rl.gaussian_policy import GaussianPolicy, MeanActionPolicy
 from rtb_rl.rl.policy import DiffusionPolicy
 from rtb_rl.rl.posterior import posterior_model
 from rtb_rl.rl.prior import ActionDiffusion, ActionNetwork
 from rtb_rl.rl.readers import load_dataset
+from rtb_rl.rl.td3_bc import load_td3_bc
 from rtb_rl.training.seeding import generator_for
 from rtb_rl.training.stage import load_weights
 
@@ -44,7 +45,7 @@ def load_policy(
     directory without a finished run or a method it has not fitted.
     """
     root = Path(directory)
-    config = _config(root)
+    config = fitted_config(root)
     method = method or config.get("method")
     if method not in LOADERS:
         raise InputError(f"method {method!r} is none of {', '.join(LOADERS)}; name one of these")
@@ -82,13 +83,14 @@ LOADERS: dict[str, Loader] = {
     "best_of_n": _best_of_n,
     "rtb": _rtb,
     "rtb_best_of_n": _rtb_best_of_n,
+    "td3_bc": lambda root, config, critic: load_td3_bc(root / "td3_bc"),
 }
 """Method -> its policy from the directory of a run, the run's configuration, and the critic where
 it was given as a Python object."""
 
 
 def _posterior(root: Path, config: dict[str, Any], critic: Critic | None) -> ActionDiffusion:
-    langevin = _config(root / "posterior")["posterior"]["langevin"]
+    langevin = fitted_config(root / "posterior")["posterior"]["langevin"]
     needed = critic or _critic(root, config) if langevin else critic
     posterior = posterior_model(load_prior(root / "prior"), needed, langevin=langevin)
     load_weights(root / "posterior", posterior)
@@ -110,7 +112,7 @@ def _acting(
 
 def load_prior(directory: Path) -> ActionDiffusion:
     """The behaviour prior that `fit_prior` left in a directory."""
-    config = _config(directory)
+    config = fitted_config(directory)
     model = ActionDiffusion(
         config["observation_size"],
         config["action_size"],
@@ -123,7 +125,7 @@ def load_prior(directory: Path) -> ActionDiffusion:
 
 def load_gaussian(directory: Path) -> GaussianPolicy:
     """The Gaussian policy that `fit_gaussian_policy` left in a directory."""
-    config = _config(directory)
+    config = fitted_config(directory)
     policy = GaussianPolicy(
         config["observation_size"],
         action_low=torch.tensor(config["action_low"]),
@@ -137,19 +139,14 @@ def load_gaussian(directory: Path) -> GaussianPolicy:
 def _critic(root: Path, config: dict[str, Any]) -> Critic:
     if config.get("critic"):
         return load_critic(config["critic"], load_dataset(config["source"]))
-    stage = _config(root / "critic")
+    return load_iql_critic(root / "critic")
+
+
+def load_iql_critic(directory: Path) -> IQLCritic:
+    """The critic that `fit_critic` left in a directory."""
+    config = fitted_config(directory)
     critic = new_critic(
-        stage["observation_size"], stage["action_size"], CriticSettings(**stage["critic"])
+        config["observation_size"], config["action_size"], CriticSettings(**config["critic"])
     )
-    load_weights(root / "critic", critic)
+    load_weights(directory, critic)
     return critic.requires_grad_(False).eval()
-
-
-def _config(directory: Path) -> dict[str, Any]:
-    path = directory / "config.json"
-    if not path.exists():
-        raise InputError(
-            f"{directory} holds no fitted stage (no config.json); give the --out directory of a"
-            " finished run"
-        )
-    return json.loads(path.read_text())
