@@ -23,6 +23,7 @@ from rtb_rl.training.scoring import score
 from rtb_rl.training.task import Task
 
 CHUNK = 16_384
+CLOSE = 0.9  # effective sample size above which draws are said to do as they are
 
 
 def posterior_bounds(weight: Tensor) -> dict[str, Tensor]:
@@ -124,12 +125,19 @@ def _upper(
 
 
 def trust(diagnostics: Mapping[str, float]) -> str:
-    """What the diagnostics say about the posterior, in words."""
+    """What the diagnostics say about the posterior, in words.
+
+    The target's mean of any f is within sqrt(1 / ess - 1) standard deviations of f under the
+    posterior of the posterior's own (Cauchy-Schwarz: 1 / ess - 1 is the chi-square divergence): a
+    third of one at ess 0.9, a whole one at 0.5.
+    """
     ess = diagnostics["ess"]
-    if ess > 0.5:
+    if ess > CLOSE:
         verdict = "close to prior * r^beta; draws can be used as they are"
+    elif ess > 0.5:
+        verdict = "not yet prior * r^beta: draws as they are can be biased; resample by importance"
     elif ess > 0.1:
-        verdict = "a fair approximation; importance resampling would correct it"
+        verdict = "a rough approximation: draws as they are can be far off; resample by importance"
     else:
         verdict = "far from prior * r^beta: train longer or lower beta"
     if "eubo" in diagnostics:

@@ -309,7 +309,20 @@ def test_diagnostics_against_closed_forms():
     assert found["residual_std"] == pytest.approx(0.6, abs=0.01)
     words = trust(found)
     assert "log Z between 0.3" in words and "upper bound" in words
-    assert "effective sample size 0.7" in words and "close to" in words
+    assert "effective sample size 0.7" in words and "draws as they are can be biased" in words
+
+
+@pytest.mark.parametrize("shift", [0.1, 0.3, 0.8, 1.7])
+def test_draws_are_said_to_do_where_no_mean_can_be_far_off(shift):
+    """N(shift, 1) for N(0, 1): effective sample size exp(-shift^2), the mean off by shift."""
+    ess = math.exp(-(shift**2))
+    bound = math.sqrt(1 / ess - 1)  # in standard deviations
+    assert shift <= bound
+    shared = {"elbo": 0.0, "log_z": 0.0, "log_z_standard_error": 0.0, "eubo_estimate": 0.0}
+    words = trust({**shared, "ess": ess, "signal_left": 0.0, "floored": 0.0})
+    assert ("as they are can be biased" in words) == (1 / 3 < bound < 1)
+    assert ("draws can be used as they are" in words) == (bound < 1 / 3)
+    assert ("far from prior" in words) == (bound > 3)
 
 
 def test_without_exact_draws_the_upper_value_is_called_an_estimate():
