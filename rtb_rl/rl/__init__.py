@@ -26,6 +26,7 @@ from rtb_rl.rl.saved import SavedPolicy, load_policy
 from rtb_rl.rl.scores import normalised_score, reference_returns
 from rtb_rl.rl.summary import DatasetSummary, summarise
 from rtb_rl.rl.task import critic_log_reward, offline_rl_task
+from rtb_rl.rl.td3_bc import TD3BCSettings, fit_td3_bc, load_td3_bc
 from rtb_rl.rl.video import record_episode
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "PosteriorSettings",
     "SavedPolicy",
     "StatePanel",
+    "TD3BCSettings",
     "TransitionDataset",
     "Transitions",
     "Tuning",
@@ -63,9 +65,11 @@ __all__ = [
     "fit_gaussian_policy",
     "fit_posterior",
     "fit_prior",
+    "fit_td3_bc",
     "load_critic",
     "load_dataset",
     "load_policy",
+    "load_td3_bc",
     "make_environment",
     "normalised_score",
     "offline_rl_task",
