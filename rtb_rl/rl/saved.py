@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from rtb_rl.errors import InputError
-from rtb_rl.rl.critic import Critic, load_critic
+from rtb_rl.rl.critic import Critic, IQLCritic, load_critic
 from rtb_rl.rl.critic_training import CriticSettings, new_critic
 from rtb_rl.rl.evaluation import Policy
 from rtb_rl.rl.fitted import fitted_config
@@ -139,9 +139,14 @@ def load_gaussian(directory: Path) -> GaussianPolicy:
 def _critic(root: Path, config: dict[str, Any]) -> Critic:
     if config.get("critic"):
         return load_critic(config["critic"], load_dataset(config["source"]))
-    stage = fitted_config(root / "critic")
+    return load_iql_critic(root / "critic")
+
+
+def load_iql_critic(directory: Path) -> IQLCritic:
+    """The critic that `fit_critic` left in a directory."""
+    config = fitted_config(directory)
     critic = new_critic(
-        stage["observation_size"], stage["action_size"], CriticSettings(**stage["critic"])
+        config["observation_size"], config["action_size"], CriticSettings(**config["critic"])
     )
-    load_weights(root / "critic", critic)
+    load_weights(directory, critic)
     return critic.requires_grad_(False).eval()

@@ -6,10 +6,12 @@ import json
 import pytest
 import torch
 
+from rtb_rl.core import effective_sample_size
 from rtb_rl.errors import InputError
 from rtb_rl.rl import Budget, collect, evaluate, job_opening, load_policy, posterior, read_tuning
 from rtb_rl.rl.critic_training import CriticSettings, GaussianSettings
 from rtb_rl.rl.posterior import PosteriorSettings
+from rtb_rl.rl.saved import load_iql_critic
 from rtb_rl.training import FinetuneSettings, PretrainSettings, Run, loop
 
 pytestmark = pytest.mark.mujoco
@@ -147,6 +149,25 @@ def test_runs_share_stages_and_keep_the_curve_of_their_policy(dataset, tiny, tmp
         assert results["best"] in results["curve"]
         assert results["curve"] == json.loads((tmp_path / name / stage / "curve.json").read_text())
         assert results["peak_memory_bytes"] > 1e8 and results["wall_seconds"] > 0
+
+
+def test_beta_follows_from_the_effective_sample_size_asked_for(dataset, tiny, tmp_path):
+    run("rtb_iql", dataset, tmp_path / "run", ess=0.6)
+    config = json.loads((tmp_path / "run" / "posterior" / "config.json").read_text())
+    prior, critic = (
+        load_policy(tmp_path / "run", "prior"),
+        load_iql_critic(tmp_path / "run" / "critic"),
+    )
+    observations = torch.randn(200, 11, generator=torch.Generator().manual_seed(0))
+    draws = prior.policy.sampler.sample(
+        observations, 256, generator=torch.Generator().manual_seed(1)
+    )
+    q = critic.q(observations.repeat_interleave(256, 0), draws.flatten(0, 1).clamp(-1, 1))
+    beta = config["posterior"]["finetune"]["beta"]
+    ess = effective_sample_size(beta * q.double().reshape(200, 256)).mean()
+    assert beta != 3.0 and ess == pytest.approx(0.6, abs=0.15)
+    with pytest.raises(InputError, match="both given"):
+        run("rtb_iql", dataset, tmp_path / "other", ess=0.6, beta=1.0)
 
 
 def test_a_critic_of_one_s_own_by_name(dataset, tiny, tmp_path, monkeypatch):
