@@ -140,6 +140,7 @@ def fit_text_to_image(
             beta=nominal_beta(settings, task.diffusion.event_shape),
             networks=networks,
             batch=settings.finetune.draw_batch or DRAW_BATCH,
+            facts={**target.prompts.facts, **prior_facts(prior)},
         ),
     )
     posterior = TextToImagePosterior(prior, task, unet, results)

@@ -1,30 +1,25 @@
 """A start for fine-tuning where paths of the prior are cheap: regression on rewarded paths."""
 
-import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
 from torch import Generator, Tensor, nn
 
 from rtb_rl.core import importance_log_z, rollout
 from rtb_rl.core.protocols import Condition
+from rtb_rl.tasks.text_to_image.reference import drawn_once
 from rtb_rl.training.calls import NetworkCalls
-from rtb_rl.training.checkpoint import replace_file
 from rtb_rl.training.ema import TrainedState
 from rtb_rl.training.loop import train
-from rtb_rl.training.progress import progress
 from rtb_rl.training.run import Run
 from rtb_rl.training.scoring import score
 from rtb_rl.training.seeding import generator_for
-from rtb_rl.training.stage import complete, fingerprint
+from rtb_rl.training.stage import complete
 from rtb_rl.training.task import Task
 from rtb_rl.training.tilt import TiltSettings, TiltTrainer
-
-FILE = "paths.safetensors"
 
 
 @dataclass(frozen=True)
@@ -57,30 +52,34 @@ class PromptedPaths:
 
 @torch.no_grad()
 def prior_paths(
-    directory: Path, task: Task, prompts: int, count: int, *, beta: float, batch: int, seed: int
+    directory: Path,
+    task: Task,
+    prompts: int,
+    count: int,
+    *,
+    beta: float,
+    batch: int,
+    seed: int,
+    facts: Mapping[str, Any],
 ) -> PromptedPaths:
-    """`count` paths of the prior for each prompt, `batch` at a time, kept in a directory."""
-    run = Run(directory, {"paths": count, "prior": fingerprint(task.prior), "seed": seed})
-    path, device = run.directory / FILE, next(task.posterior.parameters()).device
-    if run.results is None:
-        begun = time.monotonic()
-        generator = generator_for(seed, "start", device=device)
-        numbers = torch.arange(prompts, device=device).repeat_interleave(count)
-        parts: list[tuple[Tensor, Tensor]] = []
-        with progress("paths of the prior", len(numbers)) as show:
-            for part in numbers.split(batch):
-                x = rollout(task.diffusion, task.prior, part, len(part), generator=generator).x
-                parts.append((x.cpu(), score(task, x[0], part)[0].cpu()))
-                show(sum(len(rewards) for _, rewards in parts), "")
-        x, rewards = torch.cat([x for x, _ in parts], 1), torch.cat([r for _, r in parts])
-        shaped = x.reshape(len(x), prompts, count, *x.shape[2:])
-        held = {"x": shaped, "log_reward": rewards.reshape(prompts, count)}
-        replace_file(path, save({name: tensor.contiguous() for name, tensor in held.items()}))
-        run.finish({"seconds": time.monotonic() - begun})
-    held = {name: tensor.to(device) for name, tensor in load(path.read_bytes()).items()}
+    """`count` paths of the prior for each prompt, `batch` at a time, kept in a directory.
+
+    `facts`: what its configuration says of prior and prompts.
+    """
+    config = {"paths": count, "batch": batch, "seed": seed, "reward": task.name, **facts}
+    run, device = Run(directory, config), next(task.posterior.parameters()).device
+    generator = generator_for(seed, "start", device=device)
+
+    def draw(condition: Tensor) -> dict[str, Tensor]:
+        rows = len(condition)
+        x = rollout(task.diffusion, task.prior, condition, rows, generator=generator).x
+        return {"x": x.transpose(0, 1), "log_reward": score(task, x[0], condition)[0]}
+
+    numbers = torch.arange(prompts, device=device)
+    held, seconds = drawn_once(run, "paths", draw, numbers, count, batch=batch)
     log_z, _ = importance_log_z(beta * held["log_reward"].double())
-    took = (run.results or {})["seconds"]
-    return PromptedPaths(held["x"], held["log_reward"], log_z.to(held["x"].dtype), took)
+    x = held["x"].movedim(2, 0)
+    return PromptedPaths(x, held["log_reward"], log_z.to(x.dtype), seconds)
 
 
 def fit_start(
@@ -92,19 +91,20 @@ def fit_start(
     networks: Iterable[nn.Module],
     batch: int,
     seed: int,
+    facts: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Start `task.posterior`; what it took: seconds and calls of `networks`.
 
     The directory keeps paths of the prior and the started posterior; each is skipped when complete.
+    `facts`: what the configuration of the paths says of prior and prompts.
     The posterior's parameters are left as trainable as they were. Without settings it stays as it
     is, and nothing is returned. InputError for a task with a learned law of the first noise.
     """
     if settings is None:
         return {}
     count = -(-settings.paths // prompts)
-    paths = prior_paths(
-        directory / "paths", task, prompts, count, beta=beta, batch=batch, seed=seed
-    )
+    place = directory / "paths"
+    paths = prior_paths(place, task, prompts, count, beta=beta, batch=batch, seed=seed, facts=facts)
     generator = generator_for(seed, "tilt", device=paths.x.device)
     trainer = TiltTrainer(task, paths, beta, settings, generator=generator)
     config = {"task": task.name, "beta": beta, "settings": asdict(settings), "seed": seed}

@@ -63,14 +63,16 @@ def test_log_z_is_that_of_each_prompt_s_paths(tmp_path):
     prior = open_text_to_image(tiny_sd(), list(PROMPTS), levels=LEVELS, guidance=2.0)
     target = PromptTarget("bright", brightness, prompt_list(PROMPTS), learned_log_z)
     task, _ = text_to_image_task(prior, target, SETTINGS, seed=0)
-    paths = prior_paths(tmp_path, task, 3, 4, beta=2.0, batch=5, seed=0)
+    paths = prior_paths(tmp_path, task, 3, 4, beta=2.0, batch=5, seed=0, facts={"a": 1})
     assert paths.x.shape == (LEVELS + 1, 3, 4, 4, 8, 8)
     numbers = torch.arange(3).repeat_interleave(4)
     ends = task.log_reward(paths.x[0].flatten(0, 1), numbers).reshape(3, 4)
     torch.testing.assert_close(paths.log_reward, ends)
     torch.testing.assert_close(paths.log_z, (2 * ends).logsumexp(1) - math.log(4))
-    again = prior_paths(tmp_path, task, 3, 4, beta=2.0, batch=5, seed=0)
+    again = prior_paths(tmp_path, task, 3, 4, beta=2.0, batch=5, seed=0, facts={"a": 1})
     assert torch.equal(again.x, paths.x)
+    with pytest.raises(InputError, match="another configuration: a was 1 and is now 2"):
+        prior_paths(tmp_path, task, 3, 4, beta=2.0, batch=5, seed=0, facts={"a": 2})
 
 
 def test_a_started_posterior_has_left_the_prior_and_its_stages_are_kept(tmp_path):
