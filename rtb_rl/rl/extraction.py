@@ -1,0 +1,89 @@
+"""What a policy takes from a critic and what it leaves of the behaviour prior, by draws alone.
+
+The critic held fixed, methods of extraction differ in how far they go from the prior for how much
+value. Draws are all that these measures need, so that they serve Gaussians and diffusions alike.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from rtb_rl.core import conditions
+from rtb_rl.errors import InputError
+from rtb_rl.rl.critic import Critic
+from rtb_rl.rl.task import critic_log_reward
+
+Draw = Callable[[Tensor, int, Generator], Tensor]
+"""Observations [rows, d_o], a count n and a generator -> actions [rows, n, d_a] in [-1, 1]."""
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """Means over states, with their standard errors."""
+
+    advantage: float
+    """E[Q(s, a)] - V(s) of draws, in units of the critic; E[Q] for a critic without v."""
+    advantage_error: float
+    kl: float
+    """KL(policy || prior), nats, estimated from nearest neighbours."""
+    kl_error: float
+
+
+@torch.no_grad()
+def measure_extraction(
+    draw: Draw,
+    prior: Draw,
+    critic: Critic,
+    observations: Tensor,
+    *,
+    draws: int = 1000,
+    generator: Generator,
+) -> Extraction:
+    """Of a policy against a prior, at observations [rows, d_o], `draws` of each in each state."""
+    actions = draw(observations, draws, generator)
+    others = prior(observations, draws, generator)
+    each = conditions.repeat(observations, draws)
+    value = critic_log_reward(critic)(actions.flatten(0, 1), each).reshape(len(actions), -1)
+    kl = nearest_neighbour_kl(actions, others)
+    root = math.sqrt(len(observations))
+    return Extraction(
+        float(value.mean()),
+        float(value.mean(1).std() / root),
+        float(kl.mean()),
+        float(kl.std() / root),
+    )
+
+
+def nearest_neighbour_kl(x: Tensor, y: Tensor, neighbours: int = 1) -> Tensor:
+    """KL(p || q) in nats, [rows], from draws x ~ p [rows, n, d] and y ~ q [rows, m, d].
+
+    d / n sum_i log(nu_i / rho_i) + log(m / (n - 1)), rho_i and nu_i the distances of x_i to its
+    k-th nearest among the other x and among the y (Wang, Kulkarni, Verdu 2009, IEEE Trans. Inf.
+    Theory 55, 5, eq. 14). Consistent for densities, but too low where the two are far apart: of
+    1,000 draws of Gaussians 1.2 spreads apart a tenth in 3 dimensions and a fifth in 6. It may be
+    below zero. InputError for fewer than `neighbours` + 1 draws,
+    and for draws that coincide, which have no density.
+    """
+    n, m, size = x.shape[1], y.shape[1], x.shape[2]
+    if min(n - 1, m) < neighbours:
+        raise InputError(
+            f"{n} and {m} draws are too few for {neighbours} neighbours; give at least"
+            f" {neighbours + 1} of each"
+        )
+    own = _distances(x, x).kthvalue(neighbours + 1, dim=2).values
+    other = _distances(x, y).kthvalue(neighbours, dim=2).values
+    if not ((own > 0) & (other > 0)).all():
+        raise InputError(
+            "some draws coincide, so that their law has no density; give draws of a policy with"
+            " noise, before they are clipped"
+        )
+    return size * (other / own).log().mean(1) + math.log(m / (n - 1))
+
+
+def _distances(x: Tensor, y: Tensor) -> Tensor:
+    """Differences squared and summed: the faster matrix product rounds near draws to one point."""
+    mode = "donot_use_mm_for_euclid_dist"
+    return torch.cdist(x.double(), y.double(), compute_mode=mode)
