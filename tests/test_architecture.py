@@ -19,7 +19,7 @@ PROGRAMS = {"agents", "benchmarks"}
 
 # importer -> the rooms of rtb_rl (or single modules) that it may import, beside `errors`;
 # "" is rtb_rl/__init__.py
-LIBRARY = {"core", "nn", "training", "adapters", "baselines", "rl", "tasks", "exactness"}
+LIBRARY = {"core", "nn", "training", "adapters", "baselines", "rl", "tasks", "exactness", "sweep"}
 MAY_IMPORT = {
     "": {"core", "nn", "training", "rl"},
     "core": {"core"},
@@ -30,7 +30,9 @@ MAY_IMPORT = {
     "rl": {"rl", "nn", "training", "core"},
     "tasks": {"tasks", "nn", "adapters", "baselines", "training", "core"},
     "exactness": {"exactness", "tasks", "nn", "baselines", "training", "core"},
+    "sweep": {"sweep", "rl", "training.checkpoint"},
     "cli": {"rl", "tasks"},
+    "__main__": {"cli"},
     "errors": set(),
     "agents": {"", *LIBRARY},
     "benchmarks": {"", *LIBRARY},
@@ -225,6 +227,7 @@ EXAMPLES = {
             "rl: from rtb_rl.nn import x; import rtb_rl.core.x; import nn",
             "training: import rtb_rl; rtb_rl.__version__",
             "tasks: from rtb_rl.training.task import Task",
+            "sweep: from rtb_rl.rl import load_dataset; from rtb_rl.training.checkpoint import x",
             "agents: from rtb_rl import Sampler; from rtb_rl.rl.policy import load_policy",
         ],
         [
@@ -235,6 +238,9 @@ EXAMPLES = {
             "rl: import rtb_rl; rtb_rl.Sampler",
             "rl: def f(): import rtb_rl.agents.iql",
             "baselines: from rtb_rl.nn import MLP",
+            "sweep: from rtb_rl.cli import parse",
+            "sweep: from rtb_rl.training import Run",
+            "rl: from rtb_rl.sweep.rows import Rows",
             "agents: from agents.iql import main",
             "agents: from . import iql",
         ],

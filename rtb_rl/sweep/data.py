@@ -1,0 +1,203 @@
+"""The data sets of a grid: read once before any cell starts, mixtures written as one file."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from rtb_rl.errors import InputError
+from rtb_rl.rl import TransitionDataset, load_dataset, make_environment
+from rtb_rl.rl.catalogue import D4RL_TASKS
+from rtb_rl.rl.dataset import check_spaces
+from rtb_rl.sweep.grid import Grid
+
+FLAGS = ("terminals", "timeouts")
+COLUMNS = ("observations", "actions", "rewards", *FLAGS)
+NEXT, FINAL = "next_observations", "infos/final_observations"
+ATTRIBUTES = ("env", "env_id", "ref_min_score", "ref_max_score")
+
+
+def data_paths(grid: Grid, root: Path) -> dict[str, str]:
+    """What the programs of each task are given as --dataset.
+
+    Files become absolute paths, so that a cell is the same from every working directory; a mixture
+    is a file in `root`/data.
+    """
+    paths = {}
+    for task in grid.tasks:
+        first, *others = grid.sources(task)
+        mixture = root / "data" / f"{task}.hdf5"
+        paths[task] = str(mixture) if others else _located(first)
+    return paths
+
+
+def check_data(grid: Grid, paths: Mapping[str, str]) -> dict[str, str]:
+    """SHA-256 of the data of each task, mixtures being made where they are not there yet.
+
+    InputError for data that can't be read, or that don't fit their environment.
+    """
+    digests = {}
+    for task, path in paths.items():
+        sources = [_located(source) for source in grid.sources(task)]
+        try:
+            if len(sources) > 1:
+                mix(sources, Path(path))
+            digests[task] = _check(path, grid, task)
+        except (InputError, OSError) as error:
+            raise InputError(f"task {task}: {error}") from error
+    return digests
+
+
+def origin_of(dataset: str) -> str:
+    """Where data come from, by what --dataset was given: d4rl, minari, local or file."""
+    if Path(dataset).suffix in {".hdf5", ".h5", ".npz"} or Path(dataset).exists():
+        return "file"
+    if dataset in D4RL_TASKS:
+        return "d4rl"
+    return "local" if dataset.startswith("local/") else "minari"
+
+
+def _located(source: str) -> str:
+    path = Path(source).expanduser()
+    return str(path.resolve()) if path.exists() else source
+
+
+def _check(dataset: str, grid: Grid, task: str) -> str:
+    """SHA-256 of the data, which are those that every agent would train on."""
+    digest = ""
+    seen: list[dict[str, Any]] = []
+    for agent in grid.agents:
+        overrides = grid.overrides(task, agent)
+        options = {key: overrides[key] for key in ("env_id", "clip_actions") if key in overrides}
+        if options in seen:
+            continue
+        seen.append(options)
+        loaded = load_dataset(dataset, **options)
+        _check_environment(loaded)
+        digest = loaded.sha256
+    return digest
+
+
+def _check_environment(dataset: TransitionDataset) -> None:
+    if dataset.env_id is None:
+        raise InputError(
+            f"data set {dataset.name!r} doesn't say which environment it was recorded in; give "
+            'the task an env_id, such as env_id = "Hopper-v5"'
+        )
+    env = make_environment(dataset.env_id)
+    try:
+        check_spaces(dataset, env.observation_space, env.action_space)
+    finally:
+        env.close()
+
+
+def mix(sources: Sequence[str], path: Path) -> Path:
+    """`path`, one HDF5 file with the rows of these files in order; made once, always the same bytes.
+
+    D4RL's keys are kept: next_observations and infos/final_observations where every file has them.
+    No episode goes on from one file into the next: a last row that ends none is marked as cut.
+    InputError for files that don't belong together, or where `path` was made of others.
+    """
+    digests = [_digest(Path(source)) for source in sources]
+    parts = json.dumps([[Path(s).name, d] for s, d in zip(sources, digests, strict=True)])
+    if path.exists():
+        with h5py.File(path, "r") as file:
+            made_of = str(file.attrs.get("mixture_of", ""))
+        if made_of != parts:
+            raise InputError(
+                f"{path} was made of {made_of or 'unknown files'}, and the grid asks for {parts}; "
+                "give another --out or take the old files back"
+            )
+        return path
+    files = {source: _read(source) for source in sources}
+    arrays = {key: _joined(files, key) for key in _shared_keys(files)}
+    attributes = _shared_attributes(files)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with h5py.File(partial, "w") as file:
+        file.attrs.update({**attributes, "mixture_of": parts})
+        for key, array in arrays.items():
+            file.create_dataset(key, data=array)
+    os.replace(partial, path)
+    return path
+
+
+def _digest(path: Path) -> str:
+    if not path.is_file():
+        raise InputError(f"there is no file {path}; a mixture is made of HDF5 files")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read(source: str) -> dict[str, Any]:
+    """Arrays and attributes of one file, its last row ending an episode."""
+    try:
+        with h5py.File(source, "r") as file:
+            missing = [key for key in COLUMNS if key not in file]
+            if missing:
+                raise InputError(
+                    f"{source} has no {', '.join(missing)}; files of a mixture need "
+                    f"{', '.join(COLUMNS)}"
+                )
+            content: dict[str, Any] = {
+                key: np.asarray(file[key]) for key in (*COLUMNS, NEXT, FINAL) if key in file
+            }
+            content |= {key: file.attrs[key] for key in ATTRIBUTES if key in file.attrs}
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{source} is no whole HDF5 file ({error}); get it again") from error
+    for key in FLAGS:
+        content[key] = content[key].astype(bool).reshape(-1)
+    ends = content["terminals"] | content["timeouts"]
+    if not len(ends):
+        raise InputError(f"{source} has no rows; leave it out of the mixture")
+    content["timeouts"][-1] |= not ends[-1]
+    episodes = int(ends.sum()) + (not ends[-1])
+    if FINAL in content and len(content[FINAL]) != episodes:
+        raise InputError(
+            f"{source} has {len(content[FINAL])} rows of {FINAL} for {episodes} episodes; cut it "
+            "to whole episodes or leave that key out"
+        )
+    return content
+
+
+def _shared_keys(files: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return [
+        *COLUMNS,
+        *(key for key in (NEXT, FINAL) if all(key in content for content in files.values())),
+    ]
+
+
+def _joined(files: Mapping[str, Mapping[str, Any]], key: str) -> np.ndarray:
+    shapes = {source: content[key].shape[1:] for source, content in files.items()}
+    if len(set(shapes.values())) > 1:
+        (one, shape), (other, another) = _first_two(shapes)
+        raise InputError(
+            f"rows of {key} are {shape} in {one} and {another} in {other}; mix files of one "
+            "environment"
+        )
+    return np.concatenate([content[key] for content in files.values()])
+
+
+def _shared_attributes(files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    shared = {}
+    for key in ATTRIBUTES:
+        values = {source: content.get(key) for source, content in files.items()}
+        if len(set(values.values())) > 1:
+            (one, value), (other, another) = _first_two(values)
+            raise InputError(
+                f"{key} is {value} in {one} and {another} in {other}; mix files of one environment"
+            )
+        if (value := next(iter(values.values()))) is not None:
+            shared[key] = value
+    return shared
+
+
+def _first_two(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The first item, and the first whose value differs from it."""
+    (source, value), *rest = values.items()
+    return [(source, value), next(item for item in rest if item[1] != value)]

@@ -1,0 +1,58 @@
+"""Fill a grid's directory: what is finished gets its row, what is not is run."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from rtb_rl.sweep.attempt import Outcome
+from rtb_rl.sweep.board import Board
+from rtb_rl.sweep.cells import Cell
+from rtb_rl.sweep.rows import Failures, Rows
+
+Executor = Callable[..., None]
+"""`execute(cells, root, started=..., ended=...)` runs cells; run_local or run_on_cluster."""
+
+
+def fill(cells: Sequence[Cell], root: Path, execute: Executor, *, workers: int, retry: bool) -> int:
+    """Run the cells that are not finished; how many have failed, now or before.
+
+    Every finished cell has one line of rows.jsonl afterwards, every failed one of failures.jsonl.
+    Cells that failed before are run again with `retry` only. The caller holds the lock of `root`.
+    """
+    rows, failures = Rows(root), Failures(root)
+    finished = [cell for cell in cells if cell.is_finished(root)]
+    missing = [cell for cell in finished if cell.key not in rows.rows]
+    for cell in missing:
+        rows.add(cell)
+    for cell in finished:
+        failures.remove(cell)
+    left = [cell for cell in cells if not cell.is_finished(root)]
+    failed = [cell for cell in left if cell.key in failures.records and not retry]
+    todo = [cell for cell in left if cell not in failed]
+    done = len(finished)
+    every = rows.rows.values()
+    with Board(root, todo, total=len(cells), done=done, workers=workers, rows=every) as board:
+        board.failed = len(failed)
+        for line in filter(None, [rows.repaired, _before(done, len(missing), len(failed))]):
+            board.say(line)
+        ended = partial(_ended, board, rows, failures)
+        execute(todo, root, started=board.started, ended=ended)
+        return board.failed
+
+
+def _ended(board: Board, rows: Rows, failures: Failures, cell: Cell, outcome: Outcome) -> None:
+    if outcome.error is None:
+        rows.add(cell, peak_memory_bytes=outcome.peak_memory_bytes)
+        failures.remove(cell)
+    else:
+        failures.add(cell, outcome)
+    board.ended(cell, outcome)
+
+
+def _before(done: int, missing: int, failed: int) -> str | None:
+    parts = [
+        f"{done} cells were finished before" if done else "",
+        f"{missing} of them without a row, which is written" if missing else "",
+        f"{failed} failed before and are left out; --retry runs them again" if failed else "",
+    ]
+    return ", ".join(filter(None, parts)) or None
