@@ -71,22 +71,14 @@ def fit_critic(
 ) -> IQLCritic:
     """Q and V by implicit Q-learning, in units of the scaled rewards."""
     settings = settings or CriticSettings()
-    run = Run(directory, {**data_facts(dataset), "critic": asdict(settings), "seed": seed})
+    run, critic = open_critic(directory, dataset, settings, seed=seed)
     device = device_for_training()
-    critic = new_critic(dataset.observation_size, dataset.action_size, settings, seed=seed)
-    critic.to(device)
 
     def fit() -> dict[str, Any]:
         scaled, words = scaled_for_critic(dataset, settings)
         data, generator = scaled.to(device), generator_for(seed, "critic", device=device)
         critic.scaler.fit(data.observations)
-        iql = IQL(
-            critic,
-            discount=settings.discount,
-            expectile=settings.expectile,
-            polyak=settings.polyak,
-            learning_rate=settings.learning_rate,
-        )
+        iql = new_iql(critic, settings)
         seconds = train(
             run,
             lambda step: iql.update(data.sample(settings.batch, generator=generator)),
@@ -98,6 +90,26 @@ def fit_critic(
 
     complete(run, critic, fit)
     return critic
+
+
+def open_critic(
+    directory: str | Path, dataset: TransitionDataset, settings: CriticSettings, *, seed: int
+) -> tuple[Run, IQLCritic]:
+    """The run of a critic's stage, and the critic as it starts."""
+    run = Run(directory, {**data_facts(dataset), "critic": asdict(settings), "seed": seed})
+    critic = new_critic(dataset.observation_size, dataset.action_size, settings, seed=seed)
+    return run, critic.to(device_for_training())
+
+
+def new_iql(critic: IQLCritic, settings: CriticSettings) -> IQL:
+    """What trains the critic as the settings say."""
+    return IQL(
+        critic,
+        discount=settings.discount,
+        expectile=settings.expectile,
+        polyak=settings.polyak,
+        learning_rate=settings.learning_rate,
+    )
 
 
 def new_critic(

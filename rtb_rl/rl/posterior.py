@@ -25,6 +25,7 @@ from rtb_rl.training.run import Run
 from rtb_rl.training.seeding import generator_for
 from rtb_rl.training.settings import FinetuneSettings
 from rtb_rl.training.stage import complete, fingerprint
+from rtb_rl.training.task import Task
 
 LOG_EVERY = 20
 CHECKPOINT_EVERY = 200
@@ -79,6 +80,45 @@ def fit_posterior(
     Raises InputError for a critic whose `q` does not return one finite number a row.
     """
     settings = settings or PosteriorSettings()
+    run, posterior = open_posterior(directory, dataset, prior, critic, settings, seed=seed)
+    data = dataset.to(prior.device)
+    task = offline_rl_task(
+        data, prior.diffusion, prior.denoiser, copy.deepcopy(posterior.denoiser), critic
+    )
+
+    def fit() -> dict[str, Any]:
+        finetuner = Finetuner(
+            task,
+            new_log_z(data, settings, seed),
+            settings.finetune,
+            generator=generator_for(seed, "posterior", device=prior.device),
+            objective=objective_of(settings),
+            accelerator=Accelerator(),
+        )
+        seconds = _train(run, finetuner, data, watch)
+        posterior.denoiser.load_state_dict(finetuner.average.module.state_dict())
+        return {
+            "seconds": seconds,
+            "diagnostics": diagnose_policy(task, posterior, settings, seed=seed),
+        }
+
+    complete(run, posterior, fit)
+    return posterior
+
+
+def open_posterior(
+    directory: str | Path,
+    dataset: TransitionDataset,
+    prior: ActionDiffusion,
+    critic: Critic,
+    settings: PosteriorSettings,
+    *,
+    seed: int,
+) -> tuple[Run, ActionDiffusion]:
+    """The run of a posterior's stage, and the posterior as it starts.
+
+    Raises InputError for a critic whose `q` does not return one finite number a row.
+    """
     check_critic(critic, dataset.observation_size, dataset.action_size, device=prior.device)
     config = {
         **data_facts(dataset),
@@ -88,34 +128,20 @@ def fit_posterior(
         "seed": seed,
     }
     run = Run(directory, config)
-    data = dataset.to(prior.device)
-    posterior = posterior_model(prior, critic, langevin=settings.langevin)
-    task = offline_rl_task(
-        data, prior.diffusion, prior.denoiser, copy.deepcopy(posterior.denoiser), critic
+    return run, posterior_model(prior, critic, langevin=settings.langevin)
+
+
+def diagnose_policy(
+    task: Task, posterior: ActionDiffusion, settings: PosteriorSettings, *, seed: int
+) -> dict[str, float]:
+    """The diagnostics that results.json keeps."""
+    return diagnose(
+        task,
+        posterior.denoiser,
+        settings.finetune.beta,
+        rows=settings.diagnostic_rows,
+        generator=generator_for(seed, "diagnostics", device=posterior.device),
     )
-
-    def fit() -> dict[str, Any]:
-        finetuner = Finetuner(
-            task,
-            _log_z(data, settings, seed),
-            settings.finetune,
-            generator=generator_for(seed, "posterior", device=prior.device),
-            objective=_objective(settings),
-            accelerator=Accelerator(),
-        )
-        seconds = _train(run, finetuner, data, watch)
-        posterior.denoiser.load_state_dict(finetuner.average.module.state_dict())
-        diagnostics = diagnose(
-            task,
-            posterior.denoiser,
-            settings.finetune.beta,
-            rows=settings.diagnostic_rows,
-            generator=generator_for(seed, "diagnostics", device=prior.device),
-        )
-        return {"seconds": seconds, "diagnostics": diagnostics}
-
-    complete(run, posterior, fit)
-    return posterior
 
 
 def _train(run: Run, finetuner: Finetuner, data: TransitionDataset, watch: Watch) -> float:
@@ -135,12 +161,14 @@ def _train(run: Run, finetuner: Finetuner, data: TransitionDataset, watch: Watch
     )
 
 
-def _objective(settings: PosteriorSettings) -> Objective:
+def objective_of(settings: PosteriorSettings) -> Objective:
+    """Trajectory balance with the penalty of the settings."""
     threshold = settings.huber_threshold
     return rtb() if threshold is None else rtb(huber(threshold))
 
 
-def _log_z(dataset: TransitionDataset, settings: PosteriorSettings, seed: int) -> LearnedLogZ:
+def new_log_z(dataset: TransitionDataset, settings: PosteriorSettings, seed: int) -> LearnedLogZ:
+    """The estimate of log Z(s) that the settings ask for, as it starts."""
     if settings.grouped_log_z:
         return GroupMeanLogZ(settings.finetune.mix.total)
     network = MLP(dataset.observation_size, 1, generator=generator_for(seed, "log_z"))

@@ -18,7 +18,7 @@ from rtb_rl.core.gaussian import calibrated_spread, small_spread
 from rtb_rl.nn import ResidualMLP
 from rtb_rl.rl.dataset import TransitionDataset, data_facts
 from rtb_rl.training.loop import train
-from rtb_rl.training.pretrain import Pretrainer, PretrainSettings
+from rtb_rl.training.pretrain import DrawData, Pretrainer, PretrainSettings
 from rtb_rl.training.run import Run
 from rtb_rl.training.seeding import generator_for
 from rtb_rl.training.stage import complete, device_for_training
@@ -85,32 +85,57 @@ def fit_prior(
 ) -> ActionDiffusion:
     """The diffusion of the data's actions given their observations."""
     settings, network = settings or PretrainSettings(), network or ActionNetwork()
-    config = {**data_facts(dataset), "network": asdict(network), "pretrain": asdict(settings)}
-    run = Run(directory, {**config, "seed": seed})
-    device = device_for_training()
-    data = dataset.to(device)
-    initial = generator_for(seed, "prior", "initial")
-    model = ActionDiffusion(
-        dataset.observation_size, dataset.action_size, network, generator=initial
-    ).to(device)
-
-    def draw(n: int, *, generator: Generator) -> tuple[Tensor, Tensor]:
-        batch = data.sample(n, generator=generator)
-        return batch.actions, batch.observations
+    run, model = open_prior(directory, dataset, settings, network, seed=seed)
+    data = dataset.to(model.device)
 
     def fit() -> dict[str, Any]:
         model.denoiser.network.standardise(data.observations)  # type: ignore[operator]
-        generator = generator_for(seed, "prior", device=device)
+        generator = generator_for(seed, "prior", device=model.device)
+        draw = draw_actions(data)
         trainer = Pretrainer(model.diffusion, model.denoiser, draw, settings, generator=generator)
         seconds = train(
             run, trainer.update, trainer.parts, steps=settings.steps, description="prior"
         )
         model.denoiser.load_state_dict(trainer.average.module.state_dict())
-        generator = generator_for(seed, "calibration", device=device)
-        x0, condition = draw(min(CALIBRATION_ROWS, len(data)), generator=generator)
-        std = calibrated_spread(model.diffusion, model.denoiser, x0, condition, generator=generator)
-        model.diffusion = model.diffusion.with_spread(std)
-        return {"seconds": seconds, "spread": std.mean(1).tolist()}
+        return {"seconds": seconds, "spread": calibrate(model, data, seed=seed)}
 
     complete(run, model, fit)
     return model
+
+
+def open_prior(
+    directory: str | Path,
+    dataset: TransitionDataset,
+    settings: PretrainSettings,
+    network: ActionNetwork,
+    *,
+    seed: int,
+) -> tuple[Run, ActionDiffusion]:
+    """The run of a prior's stage, and the model as it starts."""
+    config = {**data_facts(dataset), "network": asdict(network), "pretrain": asdict(settings)}
+    run = Run(directory, {**config, "seed": seed})
+    initial = generator_for(seed, "prior", "initial")
+    model = ActionDiffusion(
+        dataset.observation_size, dataset.action_size, network, generator=initial
+    )
+    return run, model.to(device_for_training())
+
+
+def draw_actions(data: TransitionDataset) -> DrawData:
+    """Actions of the data, each with the observation it was taken for."""
+
+    def draw(n: int, *, generator: Generator) -> tuple[Tensor, Tensor]:
+        batch = data.sample(n, generator=generator)
+        return batch.actions, batch.observations
+
+    return draw
+
+
+def calibrate(model: ActionDiffusion, data: TransitionDataset, *, seed: int) -> list[float]:
+    """Set the spread of the steps from the data; returns its mean over coordinates, [levels]."""
+    generator = generator_for(seed, "calibration", device=model.device)
+    rows = min(CALIBRATION_ROWS, len(data))
+    x0, condition = draw_actions(data)(rows, generator=generator)
+    std = calibrated_spread(model.diffusion, model.denoiser, x0, condition, generator=generator)
+    model.diffusion = model.diffusion.with_spread(std)
+    return std.mean(1).tolist()

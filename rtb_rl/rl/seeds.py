@@ -1,0 +1,114 @@
+"""Prior, critic and posterior of several seeds, each kind trained at once as one stacked network.
+
+The stage directories are those that the seeds would leave one by one: the same configuration,
+results, metrics and checkpoints, and the same weights to rounding. Complete stages are loaded, the
+others are trained together; one that was interrupted resumes.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rtb_rl.rl.critic import IQLCritic
+from rtb_rl.rl.critic_training import CriticSettings, open_critic, scaled_for_critic
+from rtb_rl.rl.dataset import TransitionDataset
+from rtb_rl.rl.prior import ActionDiffusion, ActionNetwork, calibrate, draw_actions, open_prior
+from rtb_rl.rl.seed_runs import (
+    Generators,
+    check_seeds,
+    fit_together,
+    of_seed,
+    train_together,
+)
+from rtb_rl.rl.seed_training import SeedIQL, SeedPretrainer
+from rtb_rl.training.pretrain import PretrainSettings
+from rtb_rl.training.seeding import generator_for
+from rtb_rl.training.stage import device_for_training
+
+Directories = Sequence[str | Path]
+
+
+def fit_priors(
+    directories: Directories,
+    dataset: TransitionDataset,
+    settings: PretrainSettings | None = None,
+    network: ActionNetwork | None = None,
+    *,
+    seeds: Sequence[int],
+) -> list[ActionDiffusion]:
+    """`fit_prior` for every seed, each in its directory.
+
+    Raises InputError unless there is one directory of its own for each seed.
+    """
+    check_seeds(seeds, directories=directories)
+    settings, network = settings or PretrainSettings(), network or ActionNetwork()
+    pairs = zip(directories, seeds, strict=True)
+    stages = [open_prior(where, dataset, settings, network, seed=seed) for where, seed in pairs]
+    models = [model for _, model in stages]
+    data = dataset.to(models[0].device)
+
+    def fit(pending: list[int]) -> list[dict[str, Any]]:
+        chosen = [models[n] for n in pending]
+        for model in chosen:
+            model.denoiser.network.standardise(data.observations)  # type: ignore[operator]
+        generators = _generators([seeds[n] for n in pending], "prior")
+        trainer = SeedPretrainer(chosen, draw_actions(data), settings, generators=generators)
+        seconds = train_together(
+            [stages[n][0] for n in pending],
+            trainer.update,
+            trainer.parts,
+            steps=settings.steps,
+            description="priors",
+        )
+        average = trainer.inner.average.module.state_dict()
+        for i, model in enumerate(chosen):
+            model.denoiser.load_state_dict(of_seed(average, i))
+        spreads = [calibrate(models[n], data, seed=seeds[n]) for n in pending]
+        return [{"seconds": seconds, "spread": spread} for spread in spreads]
+
+    fit_together(stages, fit)
+    return models
+
+
+def fit_critics(
+    directories: Directories,
+    dataset: TransitionDataset,
+    settings: CriticSettings | None = None,
+    *,
+    seeds: Sequence[int],
+) -> list[IQLCritic]:
+    """`fit_critic` for every seed, each in its directory.
+
+    Raises InputError unless there is one directory of its own for each seed.
+    """
+    check_seeds(seeds, directories=directories)
+    settings = settings or CriticSettings()
+    pairs = zip(directories, seeds, strict=True)
+    stages = [open_critic(where, dataset, settings, seed=seed) for where, seed in pairs]
+    critics = [critic for _, critic in stages]
+
+    def fit(pending: list[int]) -> list[dict[str, Any]]:
+        scaled, words = scaled_for_critic(dataset, settings)
+        data, chosen = scaled.to(device_for_training()), [critics[n] for n in pending]
+        for critic in chosen:
+            critic.scaler.fit(data.observations)
+        generators = _generators([seeds[n] for n in pending], "critic")
+        trainer = SeedIQL(chosen, data, settings, generators=generators)
+        seconds = train_together(
+            [stages[n][0] for n in pending],
+            trainer.update,
+            trainer.parts,
+            steps=settings.steps,
+            description="critics",
+        )
+        trained = trainer.critic.state_dict()
+        for i, critic in enumerate(chosen):
+            critic.load_state_dict(of_seed(trained, i))
+        return [{"seconds": seconds, "rewards": words} for _ in pending]
+
+    fit_together(stages, fit)
+    return critics
+
+
+def _generators(seeds: Sequence[int], name: str) -> Generators:
+    return Generators([generator_for(s, name, device=device_for_training()) for s in seeds])
