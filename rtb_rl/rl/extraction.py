@@ -62,8 +62,8 @@ def nearest_neighbour_kl(x: Tensor, y: Tensor, neighbours: int = 1) -> Tensor:
 
     d / n sum_i log(nu_i / rho_i) + log(m / (n - 1)), rho_i and nu_i the distances of x_i to its
     k-th nearest among the other x and among the y (Wang, Kulkarni, Verdu 2009, IEEE Trans. Inf.
-    Theory 55, 5, eq. 14). Consistent for densities, but too low where the two are far apart: of
-    1,000 draws of Gaussians 1.2 spreads apart a tenth in 3 dimensions and a fifth in 6. It may be
+    Theory 55, 5, eq. 14). Consistent for densities, but off on finitely many draws: with 1,000, for
+    Gaussians 0.7 spreads a coordinate apart a tenth too low in 3 dimensions, a fifth in 6. It may be
     below zero. InputError for fewer than `neighbours` + 1 draws,
     and for draws that coincide, which have no density.
     """
@@ -84,6 +84,6 @@ def nearest_neighbour_kl(x: Tensor, y: Tensor, neighbours: int = 1) -> Tensor:
 
 
 def _distances(x: Tensor, y: Tensor) -> Tensor:
-    """Differences squared and summed: the faster matrix product rounds near draws to one point."""
+    """By differences: a matrix product would round close draws to one point."""
     mode = "donot_use_mm_for_euclid_dist"
     return torch.cdist(x.double(), y.double(), compute_mode=mode)

