@@ -62,9 +62,9 @@ def nearest_neighbour_kl(x: Tensor, y: Tensor, neighbours: int = 1) -> Tensor:
 
     d / n sum_i log(nu_i / rho_i) + log(m / (n - 1)), rho_i and nu_i the distances of x_i to its
     k-th nearest among the other x and among the y (Wang, Kulkarni, Verdu 2009, IEEE Trans. Inf.
-    Theory 55, 5, eq. 14). Consistent for densities, but off on finitely many draws: with 1,000, for
-    Gaussians 0.7 spreads a coordinate apart a tenth too low in 3 dimensions, a fifth in 6. It may be
-    below zero. InputError for fewer than `neighbours` + 1 draws,
+    Theory 55, 5, eq. 14). Consistent for densities, but off on finitely many draws: with 1,000,
+    for Gaussians 0.7 spreads a coordinate apart, a tenth too low in 3 dimensions and a fifth in 6.
+    It may be below zero. InputError for fewer than `neighbours` + 1 draws,
     and for draws that coincide, which have no density.
     """
     n, m, size = x.shape[1], y.shape[1], x.shape[2]
