@@ -1,0 +1,129 @@
+"""Rows that are read are whole, single and comparable; anything else is refused with a cure."""
+
+import json
+
+import pytest
+from synthetic_rows import grid, row, write
+
+from rtb_rl.errors import InputError
+from rtb_rl.sweep.aggregates import aggregate, headline
+from rtb_rl.sweep.comparison import Comparison, read_rows, scores
+
+
+def test_rows_of_several_files_come_together(tmp_path):
+    one = write(tmp_path / "a.jsonl", [row(seed=0)])
+    two = write(tmp_path / "b.jsonl", [row(seed=1)])
+    assert [each["seed"] for each in read_rows([one, two])] == [0, 1]
+
+
+def test_a_broken_last_line_is_named_with_its_cure(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [row(seed=0), row(seed=1)])
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(InputError, match=r"rows.jsonl line 2 is not a whole row.*or remove"):
+        read_rows([path])
+
+
+def test_two_rows_of_one_cell_are_refused(tmp_path):
+    one = write(tmp_path / "a.jsonl", [row(seed=0)])
+    two = write(tmp_path / "b.jsonl", [row(seed=1), row(seed=0)])
+    with pytest.raises(InputError, match=r"a.jsonl line 1 and .*b.jsonl line 2; remove one"):
+        read_rows([one, two])
+
+
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        ({"returns": []}, "0 returns"),
+        ({"returns": [float("nan")]}, "aren't finite"),
+        ({"seed": "zero"}, "whole number"),
+        ({"origin": None, "remove": "origin"}, "lacks origin"),
+    ],
+)
+def test_rows_without_a_score_are_refused(tmp_path, changed, said):
+    broken = row(**changed)
+    broken.pop(changed.get("remove"), None)
+    with pytest.raises(InputError, match=said):
+        read_rows([write(tmp_path / "rows.jsonl", [broken])])
+
+
+def test_no_file_and_no_rows_are_refused(tmp_path):
+    with pytest.raises(InputError, match="there is no file"):
+        read_rows([tmp_path / "none.jsonl"])
+    with pytest.raises(InputError, match="no rows"):
+        Comparison(tuple(read_rows([write(tmp_path / "rows.jsonl", [])])))
+
+
+@pytest.mark.parametrize(
+    "changed, key",
+    [
+        ({"data_sha256": "cd" * 32}, "data_sha256"),
+        ({"reference_returns": None}, "reference_returns"),
+        ({"env_id": "Hopper-v5"}, "env_id"),
+        ({"budget": "full"}, "budget"),
+        ({"overrides": {"steps": 3}}, "overrides"),
+    ],
+)
+def test_runs_that_are_no_repetitions_are_refused(changed, key):
+    with pytest.raises(InputError, match=f"runs differ in {key}.*seed 0.*seed 1"):
+        Comparison((row(seed=0), row(seed=1, **changed)))
+
+
+def test_agents_of_a_task_may_differ_in_budget_but_not_in_data():
+    Comparison((row("iql"), row("rtb", budget="full")))
+    with pytest.raises(InputError, match="data_sha256"):
+        Comparison((row("iql"), row("rtb", data_sha256="0")))
+
+
+def test_scores_are_normalised_only_with_reference_returns():
+    assert scores(row(scores=(0.0, 100.0))).tolist() == pytest.approx([0.0, 100.0])
+    assert scores(row(returns=[7.0], reference_returns=None)).tolist() == [7.0]
+
+
+MEANS = {("a", "x"): 80, ("a", "y"): 40, ("b", "x"): 70, ("b", "y"): 30, ("a", "half"): 99}
+
+
+def test_an_agent_that_lacks_a_task_is_in_no_aggregate():
+    comparison = Comparison(tuple(grid(MEANS)))
+    found = aggregate(comparison)
+    assert comparison.missing == {"half": ("b",)}
+    assert set(found.interquartile) == {"x", "y"} == set(found.profiles)
+    assert ("a", "half") in found.cells and ("b", "half") not in found.cells
+    assert set(found.improvement) == {("x", "y"), ("y", "x")}
+
+
+def test_tasks_without_reference_returns_are_in_no_aggregate():
+    extra = [row("x", "raw", s, returns=[1e6], reference_returns=None) for s in (0, 1)]
+    with_raw = aggregate(Comparison((*grid(MEANS), *extra)))
+    assert with_raw.interquartile == aggregate(Comparison(tuple(grid(MEANS)))).interquartile
+
+
+def test_cells_do_not_change_when_an_agent_joins():
+    small = {key: mean for key, mean in MEANS.items() if key[1] == "x"}
+    rows = grid(small)
+    joined = aggregate(Comparison((*rows, row("new", "a"), row("new", "b"))))
+    alone = aggregate(Comparison(tuple(rows)))
+    assert {k: v for k, v in joined.cells.items() if k[1] == "x"} == dict(alone.cells)
+    assert joined.interquartile["x"] == alone.interquartile["x"]
+
+
+def test_headline_names_the_leader_and_who_is_close():
+    rows = grid({("a", "x"): 80, ("a", "y"): 40, ("b", "x"): 70, ("b", "y"): 30})
+    comparison = Comparison(tuple(rows))
+    text = headline(comparison, aggregate(comparison))
+    assert text.startswith("Over 2 tasks, x has the highest interquartile mean of 2 agents: 7")
+    assert text.endswith("more likely than not to beat those of each other agent.")
+    twin = Comparison((*rows, *({**each, "agent": "z"} for each in rows if each["agent"] == "x")))
+    text = headline(twin, aggregate(twin))
+    assert text.endswith("don't set it apart from z.")
+
+
+def test_headline_without_an_aggregate_says_why():
+    comparison = Comparison((row(reference_returns=None),))
+    assert "no task has reference returns" in headline(comparison, aggregate(comparison))
+    comparison = Comparison((row("x", "a"), row("y", "b")))
+    assert "no agent has run every task" in headline(comparison, aggregate(comparison))
+
+
+def test_rows_round_trip(tmp_path):
+    rows = grid(MEANS)
+    assert read_rows([write(tmp_path / "r.jsonl", rows)]) == json.loads(json.dumps(rows))
