@@ -11,6 +11,8 @@ from rtb_rl.rl.critic_training import (
 )
 from rtb_rl.rl.curve import Curve, Watch
 from rtb_rl.rl.dataset import TransitionDataset, Transitions
+from rtb_rl.rl.diffusion_q import DiffusionQSettings, fit_diffusion_q, load_diffusion_q
+from rtb_rl.rl.diffusion_q_policy import DiffusionQPolicy
 from rtb_rl.rl.environments import make_environment
 from rtb_rl.rl.evaluation import EpisodeRecords, Policy, evaluate
 from rtb_rl.rl.gaussian_policy import AdvantageWeightedRegression, GaussianPolicy, MeanActionPolicy
@@ -40,6 +42,8 @@ __all__ = [
     "Curve",
     "DatasetSummary",
     "DiffusionPolicy",
+    "DiffusionQPolicy",
+    "DiffusionQSettings",
     "EpisodeRecords",
     "GaussianPolicy",
     "GaussianSettings",
@@ -62,12 +66,14 @@ __all__ = [
     "critic_log_reward",
     "evaluate",
     "fit_critic",
+    "fit_diffusion_q",
     "fit_gaussian_policy",
     "fit_posterior",
     "fit_prior",
     "fit_td3_bc",
     "load_critic",
     "load_dataset",
+    "load_diffusion_q",
     "load_policy",
     "load_td3_bc",
     "make_environment",

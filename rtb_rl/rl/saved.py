@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 from rtb_rl.errors import InputError
 from rtb_rl.rl.critic import Critic, IQLCritic, load_critic
 from rtb_rl.rl.critic_training import CriticSettings, new_critic
+from rtb_rl.rl.diffusion_q import load_diffusion_q
 from rtb_rl.rl.evaluation import Policy
 from rtb_rl.rl.fitted import fitted_config
 from rtb_rl.rl.gaussian_policy import GaussianPolicy, MeanActionPolicy
@@ -83,6 +84,7 @@ LOADERS: dict[str, Loader] = {
     "best_of_n": _best_of_n,
     "rtb": _rtb,
     "rtb_best_of_n": _rtb_best_of_n,
+    "dql": lambda root, config, critic: load_diffusion_q(root / "dql"),
     "td3_bc": lambda root, config, critic: load_td3_bc(root / "td3_bc"),
 }
 """Method -> its policy from the directory of a run, the run's configuration, and the critic where

@@ -22,8 +22,9 @@ PROGRAMS = {
     "iql": ["iql"],
     "rtb_best_of_n": ["rtb", "rtb_best_of_n"],
     "td3_bc": ["td3_bc"],
+    "dql": ["dql"],
 }
-OWN_STEPS = ("td3_bc",)  # programs with a table of their own of steps for each budget
+OWN_STEPS = ("td3_bc", "dql")  # programs with a table of their own of steps for each budget
 TINY = Budget(
     prior=PretrainSettings(steps=24, batch=32),
     critic=CriticSettings(steps=24, batch=32),
