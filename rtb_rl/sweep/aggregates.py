@@ -117,5 +117,5 @@ def _taus(runs: Mapping[str, Runs]) -> np.ndarray:
     if not runs:
         return np.zeros(0)
     values = np.concatenate([scores for own in runs.values() for scores in own])
-    margin = 0.02 * (np.ptp(values) or 1.0)
+    margin = max(0.02 * np.ptp(values), 1.0)
     return np.linspace(values.min() - margin, values.max() + margin, PROFILE_POINTS)

@@ -60,7 +60,7 @@ def draw_aggregate(aggregates: Aggregates, style: Mapping[str, Look]) -> tuple[A
         bar(axis, aggregates.interquartile[agent], height, style[agent])
     agent_axis(axis, order)
     axis.set_xlabel("normalised score")
-    caption = "Over all runs and tasks with reference returns; bars are 95 % intervals."
+    caption = f"Over all runs and tasks with reference returns{_bars(aggregates)}."
     return figure, "Interquartile mean", caption
 
 
@@ -111,7 +111,8 @@ def draw_profiles(aggregates: Aggregates, style: Mapping[str, Look]) -> tuple[An
     axis.set_xlabel("normalised score")
     axis.set_ylabel("share of runs above it")
     legend(figure, axis)
-    caption = "Over all runs of all tasks with reference returns; bands are pointwise, 95 %."
+    bands = "; bands are pointwise, 95 %" if _bars(aggregates) else ""
+    caption = f"Over all runs of all tasks with reference returns{bands}."
     return figure, "Performance profiles", caption
 
 
@@ -130,7 +131,7 @@ def draw_improvement(
     axis.set_xlabel(f"P({focus} above it)")
     caption = (
         f"Probability that a run of {focus} scores above one of each other agent on the same task, "
-        "averaged over tasks; at the dotted line neither is better. Bars are 95 % intervals."
+        f"averaged over tasks{_bars(aggregates)}. At the dotted line neither is better."
     )
     return figure, f"Probability that {focus} improves on others", caption
 
@@ -169,6 +170,12 @@ def draw_curves(comparison: Comparison, style: Mapping[str, Look]) -> tuple[Any,
         "agent's own training; bands are 95 % intervals. A point has few episodes."
     )
     return figure, "Learning curves", caption
+
+
+def _bars(aggregates: Aggregates) -> str:
+    """What bars are, where there are any: with one run a task there are none."""
+    there = any(estimate.low is not None for estimate in aggregates.interquartile.values())
+    return "; bars are 95 % intervals" if there else ""
 
 
 def unit(comparison: Comparison, task: str) -> str:

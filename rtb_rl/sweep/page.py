@@ -149,10 +149,12 @@ def _text(cell: Cell) -> str:
 def _figure(drawn: Drawn) -> str:
     svg = inlined(drawn.svg.read_text(encoding="utf-8"), drawn.name, drawn.title)
     kind = ' class="grid"' if drawn.panels > 1 else ""
-    return (
-        f"<figure{kind}>\n<h3>{escape(drawn.title)}</h3>\n"
-        f'<div class="box" tabindex="0" role="region" aria-label="{escape(drawn.title)}">{svg}</div>\n'
-        f"<figcaption>{escape(drawn.caption)}</figcaption>\n</figure>"
+    return "\n".join(
+        [
+            f"<figure{kind}>\n<h3>{escape(drawn.title)}</h3>",
+            f'<div class="box" tabindex="0" role="region" aria-label="{escape(drawn.title)}">',
+            f"{svg}</div>\n<figcaption>{escape(drawn.caption)}</figcaption>\n</figure>",
+        ]
     )
 
 

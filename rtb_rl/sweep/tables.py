@@ -190,12 +190,14 @@ def _score_remarks(comparison: Comparison) -> list[str]:
     seeds = _range([count for count, _ in counts], "seed")
     episodes = _range([n for _, lengths in counts for n in lengths], "episode")
     covered = ", ".join(f"{100 * rate:.0f} % with {runs}" for runs, rate in COVERAGE.items())
-    remarks = [
-        f"Mean of {seeds} a cell and {episodes} a run, of the last policy. With it the 95 % "
-        f"interval of a hierarchical bootstrap: {DRAWS:,} times seeds are drawn, then episodes of "
-        f"each. With few seeds it's optimistic: on simulated runs it held the truth in {covered} "
-        "seeds. Bold: the best, and those whose interval holds the best's mean."
-    ]
+    text = f"Mean of {seeds} a cell and {episodes} a run, of the last policy. Bold: the best, and "
+    remarks = [f"{text}those whose interval holds the best's mean."]
+    if any(count > 1 for count, _ in counts):
+        remarks.append(
+            f"With a mean its 95 % interval of a hierarchical bootstrap: {DRAWS:,} times seeds are "
+            "drawn, then episodes of each. With few seeds it's optimistic: on simulated runs it "
+            f"held the truth in {covered} seeds."
+        )
     if any(count == 1 for count, _ in counts):
         remarks.append(f"{ONE_SEED} One seed: the interval covers its episodes alone, not seeds.")
     if raw := [task for task in comparison.tasks if task not in comparison.normalised_tasks]:
@@ -219,10 +221,12 @@ def _aggregate_remarks(comparison: Comparison) -> list[str]:
     if not sizes:
         return [*remarks, "No agent has run every task: there are no aggregates."]
     text = (
-        f"Interquartile mean: the middle half of all runs on "
-        f"{counted(len(comparison.normalised_tasks), 'task')} with reference returns; its interval "
-        "is that of a bootstrap that draws runs inside each task (arXiv 2108.13264)."
+        "Interquartile mean: the middle half of all runs on "
+        f"{counted(len(comparison.normalised_tasks), 'task')} with reference returns"
     )
+    if sizes == {1}:
+        return [f"{text}; with one run a task there's no interval over runs.", *remarks]
+    text += "; its interval is that of a bootstrap of runs inside each task (arXiv 2108.13264)."
     if len(sizes) > 1:
         text += " Cells differ in their number of seeds: a task with more weighs more."
     if 1 in sizes:

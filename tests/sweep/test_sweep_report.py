@@ -60,6 +60,16 @@ def test_scores_say_who_is_left_out_and_what_is_no_score():
     assert table.rows[2][0].text == "raw (return)" and table.rows[2][1].text == "5.5\u2020"
 
 
+def test_one_seed_a_cell_claims_no_interval_over_seeds(tmp_path):
+    comparison, found = tables_of([row("x", "a"), row("y", "a"), row("x", "b"), row("y", "b")])
+    remarks = " ".join(score_table(comparison, found).remarks)
+    assert "no interval over runs" in remarks and "seeds are drawn" not in remarks
+    captions = [f.caption for f in draw_figures(tmp_path, comparison, found, "x")]
+    assert len(captions) == 4 and [c for c in captions if "95 %" in c] == [
+        "Small points: one seed each, its mean over episodes. Above: mean and 95 % interval."
+    ]
+
+
 def test_csv_holds_raw_numbers():
     rows = grid({("a", "x"): 80, ("a", "y"): 40}, seeds=3, episodes=4)
     comparison, found = tables_of(rows)
