@@ -72,13 +72,18 @@ class Attempt:
 
 
 def begin(
-    directory: Path, command: Sequence[str], variables: Mapping[str, str]
+    directory: Path,
+    command: Sequence[str],
+    *,
+    variables: Mapping[str, str] | None = None,
+    working: str | None = None,
 ) -> Attempt | Outcome | None:
     """Start the command for the cell in `directory`; None where another process works on it, an
     Outcome where the cell is finished already.
 
     The process leads a session of its own, writes to cell.log, and ends with the one that called
-    this (see attached.py). `variables` are added to the environment.
+    this (see attached.py), whose main thread must be the caller. `variables` are added to the
+    environment; `working` is the working directory where it isn't this process's.
     """
     lock = take_lock(directory / "cell.lock")
     if lock is None:
@@ -93,7 +98,8 @@ def begin(
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **variables, **VARIABLES},
+                env={**os.environ, **(variables or {}), **VARIABLES},
+                cwd=working,
                 start_new_session=True,
                 pass_fds=(lock,),
             )

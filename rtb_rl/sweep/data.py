@@ -97,7 +97,7 @@ def _check_environment(dataset: TransitionDataset) -> None:
 
 
 def mix(sources: Sequence[str], path: Path) -> Path:
-    """`path`, one HDF5 file with the rows of these files in order; made once, always the same bytes.
+    """`path`, one HDF5 file with the rows of these files in order; written once, stable bytes.
 
     D4RL's keys are kept: next_observations and infos/final_observations where every file has them.
     No episode goes on from one file into the next: a last row that ends none is marked as cut.

@@ -1,7 +1,7 @@
 """Cells of a grid as processes of this machine."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rtb_rl.sweep.attempt import Attempt, Outcome, begin, end_all
@@ -35,8 +35,8 @@ def run_local(
                     if (outcome := attempt.poll()) is not None:
                         del running[cell]
                         ended(cell, outcome)
-                while len(running) < workers and (cell := _next(waiting, running)) is not None:
-                    attempt = begin(root / cell.path, cell.command(root), {})
+                while len(running) < workers and (cell := next_cell(waiting, running)) is not None:
+                    attempt = begin(root / cell.path, cell.command(root))
                     if attempt is None:
                         waiting[cell] = time.monotonic() + HELD
                         continue
@@ -51,7 +51,7 @@ def run_local(
             end_all(list(running.values()))
 
 
-def _next(waiting: Mapping[Cell, float], running: Mapping[Cell, Attempt]) -> Cell | None:
+def next_cell(waiting: Mapping[Cell, float], running: Iterable[Cell]) -> Cell | None:
     """The first cell that may be tried, of a task and seed that none is running of if there is."""
     now = time.monotonic()
     ready = [cell for cell, moment in waiting.items() if moment <= now]

@@ -1,0 +1,1 @@
+"""Programs that stand in for real ones in tests of grids."""

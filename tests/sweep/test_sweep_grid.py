@@ -1,0 +1,163 @@
+"""A grid file is checked whole before any cell starts, and its directory keeps to it."""
+
+import re
+from pathlib import Path
+
+import pytest
+from tiny_grids import COUNTING, write_episodes, write_grid
+
+from rtb_rl.errors import InputError
+from rtb_rl.sweep.data import check_data, data_paths
+from rtb_rl.sweep.grid import keep_grid, read_grid
+
+GOOD = f"""
+agents = ["iql", "{COUNTING}"]
+seeds = [0, 1]
+[settings]
+beta = 2.0
+[tasks.one]
+dataset = "one.hdf5"
+[tasks.two]
+dataset = "two.hdf5"
+env-id = "Pendulum-v1"
+[agents_settings.iql]
+beta = 3.0
+clip-actions = true
+"""
+PLAIN = GOOD[: GOOD.index("[agents_settings")]
+BAD = {
+    "not toml": ("agents = [", "is not TOML"),
+    "unknown key": (f"{GOOD}\n[task.x]\n", "no key 'task'; did you mean tasks"),
+    "no such agent": (GOOD.replace("iql", "iqll"), "no program 'iqll'; there are iql"),
+    "no such module": (GOOD.replace("fake_programs.", "no_programs."), "needs the module no_pr"),
+    "a module that is no program": (GOOD.replace(COUNTING, "rtb_rl.errors"), "is no program"),
+    "another kind of program": (
+        PLAIN.replace("iql", "rtb_rl.benchmarks.speed"),
+        "has no --dataset",
+    ),
+    "unknown option": (GOOD.replace("\nbeta = 2", "\nbta = 2"), "no option 'bta'; it has beta"),
+    "option of the task": (GOOD.replace("env-id", "enw_id"), "task two, agent iql: .* 'enw_id'"),
+    "given by the runner": (GOOD.replace("beta = 3.0", "seed = 3"), "seed is given by the runner"),
+    "named twice": (f"{GOOD}clip_actions = true\n", "name one twice"),
+    "not a number": (GOOD.replace("3.0", '"much"'), "task one, agent iql: Error parsing --beta"),
+    "not a choice": (GOOD.replace("beta = 3.0", 'budget = "big"'), "'big' .* '?demo'?"),
+    "not a flag": (GOOD.replace("actions = true", "actions = 1"), "clip_actions is 1; it needs t"),
+    "a flag for a number": (GOOD.replace("3.0", "true"), "beta is True; it needs a value other"),
+    "same seed twice": (GOOD.replace("[0, 1]", "[0, 1, 0]"), "seeds has 0 more than once"),
+    "same agent twice": (GOOD.replace(f'"{COUNTING}"', '"iql"'), "agents has 'iql' more than"),
+    "no seeds": (GOOD.replace("[0, 1]", "[]"), "seeds is \\[\\]; give a list of whole numbers"),
+    "a word for a seed": (GOOD.replace("[0, 1]", '["0"]'), "give a list of whole numbers"),
+    "true for a seed": (GOOD.replace("[0, 1]", "[true]"), "give a list of whole numbers"),
+    "no tasks": (GOOD[: GOOD.index("[tasks.one]")], "tasks is empty"),
+    "no dataset": (GOOD.replace('dataset = "one.hdf5"', ""), "task one has dataset None"),
+    "empty mixture": (GOOD.replace('"one.hdf5"', "[]"), "task one has dataset \\[\\]"),
+    "a path for a name": (GOOD.replace("tasks.one", 'tasks."../one"'), "can't name a directory"),
+    "agent left out": (GOOD.replace("settings.iql", "settings.bc"), "no agent of the grid: 'bc'"),
+}
+
+
+def cells_of(path: Path):
+    grid = read_grid(path)
+    return grid.cells(data_paths(grid, Path("/grid")), Path("/grid"))
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "grid.toml"
+    path.write_text(text)
+    return path
+
+
+def test_cells_come_by_seed_then_task_then_agent_with_the_nearest_option(tmp_path):
+    cells = cells_of(written(tmp_path, GOOD))
+    agents = ("iql", COUNTING)
+    assert [c.key for c in cells] == [
+        (task, agent, seed) for seed in (0, 1) for task in ("one", "two") for agent in agents
+    ]
+    command = cells[2].command(Path("/grid"))
+    assert command[1:5] == ["-m", "rtb_rl", "run", "iql"]
+    assert command[5:] == [
+        "--dataset=two.hdf5",
+        "--seed=0",
+        "--out=/grid/cells/two/iql/seed0",
+        "--stages=/grid/stages",
+        "--beta=3.0",
+        "--clip-actions",
+        "--env-id=Pendulum-v1",
+    ]
+    assert cells[3].command(Path("/grid"))[1:3] == ["-m", COUNTING]
+    assert cells[3].overrides == {"beta": 2.0, "env_id": "Pendulum-v1"}
+
+
+def test_a_flag_is_left_out_at_its_default_and_turned_off_by_its_negative(tmp_path):
+    for value, words in (("true", []), ("false", ["--no-grouped-log-z"])):
+        text = f'agents = ["rtb_iql"]\nseeds = [0]\n[settings]\ngrouped_log_z = {value}\n'
+        (cell,) = cells_of(written(tmp_path, text + '[tasks.one]\ndataset = "one.hdf5"\n'))
+        assert list(cell.words) == words
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_grid_is_refused_in_one_sentence(case, tmp_path):
+    text, complaint = BAD[case]
+    assert text != GOOD
+    with pytest.raises(InputError, match=complaint):
+        cells_of(written(tmp_path, text))
+
+
+def test_a_grid_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"nowhere\.toml can't be read"):
+        read_grid(tmp_path / "nowhere.toml")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options", "complaint"),
+    [
+        ("absent.hdf5", {}, "task a: .*absent.hdf5: no such file"),
+        ("cut.hdf5", {}, "task a: .*cut.hdf5: .*truncated or damaged"),
+        ("text.hdf5", {}, "isn't an HDF5 file"),
+        ("nameless.hdf5", {}, "give the task an env_id"),
+        ("whole.hdf5", {"env_id": "MountainCarContinuous-v0"}, "environment observes 2 numbers"),
+    ],
+)
+def test_data_that_no_program_could_use_are_refused(dataset, options, complaint, tmp_path):
+    whole = Path(write_episodes(tmp_path / "whole.hdf5"))
+    write_episodes(tmp_path / "nameless.hdf5", env="")
+    (tmp_path / "cut.hdf5").write_bytes(whole.read_bytes()[:3000])
+    (tmp_path / "text.hdf5").write_text("observations")
+    task = {"dataset": str(tmp_path / dataset), **options}
+    grid = read_grid(write_grid(tmp_path / "grid.toml", tasks={"a": task}))
+    with pytest.raises(InputError, match=complaint):
+        check_data(grid, data_paths(grid, tmp_path))
+
+
+def kept(root, text, digests=("1", "2"), name="grid.toml"):
+    (root / name).write_text(text)
+    grid = read_grid(root / name)
+    keep_grid(root, grid, dict(zip(grid.tasks, [*digests, "3"])))
+
+
+def test_a_directory_takes_more_agents_tasks_and_seeds(tmp_path):
+    kept(tmp_path, GOOD)
+    more = GOOD.replace("[0, 1]", "[2, 1, 0]").replace('"iql"', '"iql", "diffusion_bc"')
+    more += '[agents_settings.diffusion_bc]\nbeta = 9.0\n[tasks.three]\ndataset = "3.hdf5"\n'
+    kept(tmp_path, more)
+    with pytest.raises(InputError, match="another grid: it has seed 2, which this one lacks"):
+        kept(tmp_path, GOOD)
+
+
+@pytest.mark.parametrize(
+    ("text", "digests", "complaint"),
+    [
+        (GOOD.replace("2.0", "2.5"), ("1", "2"), "settings has beta 2.0 there and 2.5 here"),
+        (GOOD.replace("3.0", "3.5"), ("1", "2"), "agent iql has beta 3.0 there and 3.5 here"),
+        (GOOD.replace("two.hdf5", "2.hdf5"), ("1", "2"), "task two has dataset 'two.hdf5' there"),
+        (GOOD, ("1", "9"), "task two has data_sha256 '2' there and '9' here"),
+        (GOOD.replace("[0, 1]", "[1]"), ("1", "2"), "it has seed 0, which this one lacks"),
+        (GOOD.replace("[tasks.two]", "[tasks.three]"), ("1", "2"), "it has task two"),
+    ],
+)
+def test_a_directory_refuses_another_grid_and_keeps_its_own(text, digests, complaint, tmp_path):
+    kept(tmp_path, GOOD)
+    before = (tmp_path / "grid.json").read_bytes()
+    with pytest.raises(InputError, match=re.escape(complaint)):
+        kept(tmp_path, text, digests)
+    assert (tmp_path / "grid.json").read_bytes() == before
