@@ -9,10 +9,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rtb_rl.rl.critic import IQLCritic
+from rtb_rl.nn.stacked import check_alike
+from rtb_rl.rl.critic import Critic, IQLCritic
 from rtb_rl.rl.critic_training import CriticSettings, open_critic, scaled_for_critic
 from rtb_rl.rl.dataset import TransitionDataset
+from rtb_rl.rl.posterior import (
+    CHECKPOINT_EVERY,
+    LOG_EVERY,
+    PosteriorSettings,
+    diagnose_policy,
+    new_log_z,
+    objective_of,
+    open_posterior,
+)
 from rtb_rl.rl.prior import ActionDiffusion, ActionNetwork, calibrate, draw_actions, open_prior
+from rtb_rl.rl.seed_finetuning import SeedFinetuner, check_settings
 from rtb_rl.rl.seed_runs import (
     Generators,
     check_seeds,
@@ -20,7 +31,9 @@ from rtb_rl.rl.seed_runs import (
     of_seed,
     train_together,
 )
+from rtb_rl.rl.seed_task import seed_task
 from rtb_rl.rl.seed_training import SeedIQL, SeedPretrainer
+from rtb_rl.rl.task import offline_rl_task
 from rtb_rl.training.pretrain import PretrainSettings
 from rtb_rl.training.seeding import generator_for
 from rtb_rl.training.stage import device_for_training
@@ -108,6 +121,72 @@ def fit_critics(
 
     fit_together(stages, fit)
     return critics
+
+
+def fit_posteriors(
+    directories: Directories,
+    dataset: TransitionDataset,
+    priors: Sequence[ActionDiffusion],
+    critics: Sequence[Critic],
+    settings: PosteriorSettings | None = None,
+    *,
+    seeds: Sequence[int],
+) -> list[ActionDiffusion]:
+    """`fit_posterior` for every seed, from its prior and its critic.
+
+    Raises InputError unless there is one directory, prior and critic for each seed, priors are of
+    one size, and no path of the mix is replayed or drawn in batches.
+    """
+    check_seeds(seeds, directories=directories, priors=priors, critics=critics)
+    check_alike(priors)
+    settings = settings or PosteriorSettings()
+    check_settings(settings.finetune)
+    given = zip(directories, priors, critics, seeds, strict=True)
+    stages = [
+        open_posterior(where, dataset, prior, critic, settings, seed=seed)
+        for where, prior, critic, seed in given
+    ]
+    posteriors, data = [posterior for _, posterior in stages], dataset.to(priors[0].device)
+
+    def fit(pending: list[int]) -> list[dict[str, Any]]:
+        chosen = [(seeds[n], priors[n], critics[n], posteriors[n]) for n in pending]
+        trainer = _finetuner(data, settings, chosen)
+        seconds = train_together(
+            [stages[n][0] for n in pending],
+            trainer.update,
+            trainer.parts,
+            steps=settings.finetune.updates,
+            description="posteriors",
+            log_every=LOG_EVERY,
+            checkpoint_every=CHECKPOINT_EVERY,
+        )
+        average, results = trainer.inner.average.module.state_dict(), []
+        for i, (seed, prior, critic, posterior) in enumerate(chosen):
+            posterior.denoiser.load_state_dict(of_seed(average, i))
+            task = offline_rl_task(
+                data, prior.diffusion, prior.denoiser, posterior.denoiser, critic
+            )
+            diagnostics = diagnose_policy(task, posterior, settings, seed=seed)
+            results.append({"seconds": seconds, "diagnostics": diagnostics})
+        return results
+
+    fit_together(stages, fit)
+    return posteriors
+
+
+def _finetuner(
+    data: TransitionDataset,
+    settings: PosteriorSettings,
+    chosen: Sequence[tuple[int, ActionDiffusion, Critic, ActionDiffusion]],
+) -> SeedFinetuner:
+    seeds, priors, critics, posteriors = zip(*chosen, strict=True)
+    return SeedFinetuner(
+        seed_task(data, priors, posteriors, critics),
+        [new_log_z(data, settings, seed) for seed in seeds],
+        settings.finetune,
+        objective_of(settings),
+        generators=_generators(seeds, "posterior"),
+    )
 
 
 def _generators(seeds: Sequence[int], name: str) -> Generators:
