@@ -21,8 +21,9 @@ from typing import Literal
 import tyro
 
 from rtb_rl.errors import InputError
+from rtb_rl.sweep.cluster import run_on_cluster
 from rtb_rl.sweep.data import check_data, data_paths
-from rtb_rl.sweep.fill import fill
+from rtb_rl.sweep.fill import Executor, fill
 from rtb_rl.sweep.grid import keep_grid, read_grid
 from rtb_rl.sweep.local import run_local
 from rtb_rl.sweep.locks import grid_lock
@@ -51,7 +52,7 @@ def main(settings: Settings) -> None:
     if settings.workers < 1:
         raise InputError(f"--workers is {settings.workers}; give 1 or more")
     grid, root = read_grid(settings.grid), settings.out.resolve()
-    execute = partial(run_local, workers=settings.workers)
+    execute = executor(settings)
     with grid_lock(root):
         paths = data_paths(grid, root)
         cells = grid.cells(paths, root)
@@ -63,6 +64,17 @@ def main(settings: Settings) -> None:
             f"offline_rl: {failed} of {len(cells)} cells failed, see"
             f" {settings.out / 'failures.jsonl'}; --retry runs them again"
         )
+
+
+def executor(settings: Settings) -> Executor:
+    """What runs the cells."""
+    if settings.executor == "local":
+        if settings.address is not None:
+            raise InputError("--address is of a Ray cluster; give --executor ray with it")
+        return partial(run_local, workers=settings.workers)
+    if settings.address is None:
+        raise InputError("--executor ray needs --address, such as auto, HOST:PORT or local")
+    return partial(run_on_cluster, address=settings.address, workers=settings.workers)
 
 
 if __name__ == "__main__":
