@@ -1,0 +1,214 @@
+"""Critics whose backup looks at actions of the behaviour prior only: nothing outside its support.
+
+    Q(s, a) <- r + discount V(s'),   V(s') a function of Q(s', a_1..M), a_i ~ prior(. | s')
+
+The M actions of each state are drawn once (`prior_actions`). Two backups are given. `soft_value` is
+the value of the policy prior exp(beta Q) / Z with its KL to the prior as a cost, which is what RTB
+samples: V = log Z / beta. `softmax_value` is in-support softmax Q-learning (arXiv 2304.12824). An
+ensemble is read as a lower bound: its minimum, or mean - rho std (arXiv 2502.04778).
+"""
+
+import copy
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Generator, Tensor, nn
+
+from rtb_rl.errors import InputError
+from rtb_rl.nn import EnsembleMLP
+from rtb_rl.rl.critic import ObservationScaler
+from rtb_rl.rl.critic_training import CriticSettings, scaled_for_critic
+from rtb_rl.rl.dataset import TransitionDataset, data_facts
+from rtb_rl.rl.fitted import fitted_config
+from rtb_rl.rl.prior import ActionDiffusion
+from rtb_rl.rl.prior_actions import draw_prior_actions, forget_own_actions, own_actions
+from rtb_rl.rl.soft_backup import BACKUPS, Bound, least, mean_minus_std
+from rtb_rl.rl.soft_q_learning import SoftQLearning
+from rtb_rl.training.loop import train
+from rtb_rl.training.run import Run
+from rtb_rl.training.seeding import GeneratorState, generator_for
+from rtb_rl.training.stage import complete, device_for_training, fingerprint, load_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftCriticSettings:
+    """How the critic is trained.
+
+    Network, optimiser and discount are those of `CriticSettings`, so that the backup is the only
+    difference. In arXiv 2304.12824 (code of the authors): softmax, beta 3, 16 candidates (32 on
+    antmaze), twin Q of depth 3, 500,000 steps, the rest as here.
+    """
+
+    beta: float = 3.0
+    """Inverse temperature of the backup, per unit of the critic (returns scaled to a range of
+    1000)."""
+    backup: Literal["soft", "softmax"] = "soft"
+    candidates: int = 16
+    """M, actions of the prior in every state."""
+    rows: int | None = None
+    """Transitions used, drawn at random; None: all. Drawing M actions each may take minutes."""
+    members: int = 2
+    depth: int = 2
+    """Hidden layers, of width 256."""
+    layer_norm: bool = False
+    """Normalise hidden layers of Q (arXiv 2302.02948)."""
+    lower_bound: float | None = None
+    """rho of mean - rho std; None: the least member counts."""
+    steps: int = 40_000
+    batch: int = 256
+    discount: float = 0.99
+    polyak: float = 0.005
+    learning_rate: float = 3e-4
+
+    def __post_init__(self):
+        if self.backup not in BACKUPS:
+            raise InputError(f"backup {self.backup!r} is none of {', '.join(BACKUPS)}; name one")
+        if self.candidates < 1:
+            raise InputError(f"candidates={self.candidates}; a backup needs at least 1 action")
+        if not (0 <= self.beta < math.inf and 0 <= self.discount <= 1 and 0 < self.polyak <= 1):
+            raise InputError(
+                f"the soft critic got beta={self.beta}, discount={self.discount}, polyak="
+                f"{self.polyak}; needed beta >= 0, 0 <= discount <= 1, 0 < polyak <= 1"
+            )
+        if self.lower_bound is not None and not 0 <= self.lower_bound < math.inf:
+            raise InputError(f"lower_bound={self.lower_bound}, needed at least 0, or None for min")
+
+
+class SoftCritic(nn.Module):
+    """An ensemble of Q with a slow copy, read through a lower bound, and a network of V.
+
+    Observations [batch, observation size] as the data set holds them, actions [batch, action size]
+    in [-1, 1]; values [batch] in units of the rewards trained on.
+    """
+
+    def __init__(
+        self,
+        observation_size: int,
+        action_size: int,
+        *,
+        bound: Bound = least,
+        members: int = 2,
+        width: int = 256,
+        depth: int = 2,
+        layer_norm: bool = False,
+        generator: Generator,
+    ):
+        super().__init__()
+        self.bound = bound
+        self.scaler = ObservationScaler(observation_size, device=generator.device)
+        self.network = EnsembleMLP(
+            observation_size + action_size,
+            1,
+            members=members,
+            width=width,
+            depth=depth,
+            layer_norm=layer_norm,
+            generator=generator,
+        )
+        self.target = copy.deepcopy(self.network).requires_grad_(False)
+        self.v_network = EnsembleMLP(
+            observation_size, 1, members=1, width=width, depth=depth, generator=generator
+        )
+
+    def members(self, observation: Tensor, action: Tensor) -> Tensor:
+        """Q of the networks in training, [members, batch]."""
+        return self.network(self._inputs(observation, action)).squeeze(-1)
+
+    def q(self, observation: Tensor, action: Tensor) -> Tensor:
+        """The lower bound of the slow copies, [batch]."""
+        return self.bound(self.target(self._inputs(observation, action)).squeeze(-1))
+
+    def v(self, observation: Tensor) -> Tensor:
+        """The value that the backup gives the state, [batch].
+
+        With `soft_value` of the same beta it is log Z(s) / beta, so that log r = Q - V has a log
+        Z(s) near 0.
+        """
+        return self.v_network(self.scaler(observation)).flatten()
+
+    def _inputs(self, observation: Tensor, action: Tensor) -> Tensor:
+        return torch.cat([self.scaler(observation), action], dim=1)
+
+
+def fit_soft_critic(
+    directory: str | Path,
+    dataset: TransitionDataset,
+    prior: ActionDiffusion,
+    settings: SoftCriticSettings | None = None,
+    *,
+    seed: int = 0,
+    actions: Path | None = None,
+) -> SoftCritic:
+    """Q and V with a backup over draws of the prior, in units of the scaled rewards.
+
+    `actions`: directory where the draws are kept, shared with other stages of the same prior,
+    candidates, rows and seed; None: with the stage's checkpoints, and removed when it is complete.
+    """
+    settings, directory = settings or SoftCriticSettings(), Path(directory)
+    config = {
+        **data_facts(dataset),
+        "soft_critic": asdict(settings),
+        "prior": fingerprint(prior),
+        "seed": seed,
+    }
+    run, critic = Run(directory, config), _new_critic(config, settings, seed=seed)
+    critic.to(device_for_training())
+
+    def fit() -> dict[str, Any]:
+        begun = time.monotonic()
+        scaled, words = scaled_for_critic(dataset, CriticSettings())
+        draws = draw_prior_actions(
+            actions or own_actions(directory),
+            scaled,
+            prior,
+            candidates=settings.candidates,
+            rows=settings.rows,
+            seed=seed,
+        )
+        drawing = time.monotonic() - begun
+        critic.scaler.fit(draws.data.observations)
+        generator = generator_for(seed, "soft_critic", device=prior.device)
+        learner = SoftQLearning(
+            critic,
+            backup=BACKUPS[settings.backup](settings.beta),
+            discount=settings.discount,
+            polyak=settings.polyak,
+            learning_rate=settings.learning_rate,
+        )
+        seconds = train(
+            run,
+            lambda step: learner.update(*draws.sample(settings.batch, generator=generator)),
+            {"learner": learner, "generator": GeneratorState(generator)},
+            steps=settings.steps,
+            description="critic",
+        )
+        return {"seconds": seconds + drawing, "drawing_seconds": drawing, "rewards": words}
+
+    complete(run, critic, fit)
+    forget_own_actions(directory)
+    return critic
+
+
+def load_soft_critic(directory: str | Path) -> SoftCritic:
+    """The critic that `fit_soft_critic` left in a directory."""
+    config = fitted_config(Path(directory))
+    critic = _new_critic(config, SoftCriticSettings(**config["soft_critic"]), seed=0)
+    load_weights(Path(directory), critic)
+    return critic.requires_grad_(False).eval()
+
+
+def _new_critic(config: dict[str, Any], settings: SoftCriticSettings, *, seed: int) -> SoftCritic:
+    rho = settings.lower_bound
+    return SoftCritic(
+        config["observation_size"],
+        config["action_size"],
+        bound=least if rho is None else mean_minus_std(rho),
+        members=settings.members,
+        depth=settings.depth,
+        layer_norm=settings.layer_norm,
+        generator=generator_for(seed, "soft_critic", "initial"),
+    )
