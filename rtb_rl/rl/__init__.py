@@ -1,5 +1,6 @@
 """Offline reinforcement learning: data, prior, critic, posterior, policies, episodes."""
 
+from rtb_rl.rl.amortised import AmortisedPolicy, AmortisedSettings, fit_amortised
 from rtb_rl.rl.budget import Budget, Tuning, budget_for, read_tuning
 from rtb_rl.rl.collect import collect
 from rtb_rl.rl.critic import Critic, IQLCritic, check_critic, load_critic
@@ -36,6 +37,8 @@ __all__ = [
     "ActionDiffusion",
     "ActionNetwork",
     "AdvantageWeightedRegression",
+    "AmortisedPolicy",
+    "AmortisedSettings",
     "Budget",
     "Critic",
     "CriticSettings",
@@ -65,6 +68,7 @@ __all__ = [
     "collect",
     "critic_log_reward",
     "evaluate",
+    "fit_amortised",
     "fit_critic",
     "fit_diffusion_q",
     "fit_gaussian_policy",

@@ -14,6 +14,7 @@ from rtb_rl.nn import MLP, LangevinDenoiser, LearnedSpread
 from rtb_rl.rl.critic import Critic, check_critic
 from rtb_rl.rl.curve import Watch, unwatched
 from rtb_rl.rl.dataset import TransitionDataset, data_facts
+from rtb_rl.rl.evaluation import Policy
 from rtb_rl.rl.policy import DiffusionPolicy
 from rtb_rl.rl.prior import ActionDiffusion
 from rtb_rl.rl.task import critic_gradient, offline_rl_task
@@ -95,7 +96,9 @@ def fit_posterior(
             objective=objective_of(settings),
             accelerator=Accelerator(),
         )
-        seconds = _train(run, finetuner, data, watch)
+        sampler = Sampler(prior.diffusion, finetuner.average.module)
+        policy = DiffusionPolicy(sampler, action_low=data.action_low, action_high=data.action_high)
+        seconds = train_posterior(run, finetuner, policy, watch)
         posterior.denoiser.load_state_dict(finetuner.average.module.state_dict())
         return {
             "seconds": seconds,
@@ -144,10 +147,8 @@ def diagnose_policy(
     )
 
 
-def _train(run: Run, finetuner: Finetuner, data: TransitionDataset, watch: Watch) -> float:
-    """The seconds it took; the average is watched."""
-    sampler = Sampler(finetuner.task.diffusion, finetuner.average.module)
-    policy = DiffusionPolicy(sampler, action_low=data.action_low, action_high=data.action_high)
+def train_posterior(run: Run, finetuner: Finetuner, policy: Policy, watch: Watch) -> float:
+    """Train to the end; the seconds it took. `policy` acts by the average, and is watched."""
     updates = finetuner.settings.updates
     return train(
         run,

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from rtb_rl.core import Sampler
 from rtb_rl.errors import InputError
+from rtb_rl.rl.amortised import AmortisedPolicy, amortised_model
 from rtb_rl.rl.critic import Critic, IQLCritic, load_critic
 from rtb_rl.rl.critic_training import CriticSettings, new_critic
 from rtb_rl.rl.diffusion_q import load_diffusion_q
@@ -56,7 +58,7 @@ def load_policy(
 
 
 def _prior(root: Path, config: dict[str, Any], critic: Critic | None) -> Policy:
-    return _acting(load_prior(root / "prior"), config)
+    return _acting(load_prior(root / "prior").sampler, config)
 
 
 def _iql(root: Path, config: dict[str, Any], critic: Critic | None) -> Policy:
@@ -64,16 +66,26 @@ def _iql(root: Path, config: dict[str, Any], critic: Critic | None) -> Policy:
 
 
 def _best_of_n(root: Path, config: dict[str, Any], critic: Critic | None) -> Policy:
-    return _acting(load_prior(root / "prior"), config, critic or _critic(root, config))
+    return _acting(load_prior(root / "prior").sampler, config, critic or _critic(root, config))
 
 
 def _rtb(root: Path, config: dict[str, Any], critic: Critic | None) -> Policy:
-    return _acting(_posterior(root, config, critic), config)
+    return _acting(_posterior(root, config, critic).sampler, config)
 
 
 def _rtb_best_of_n(root: Path, config: dict[str, Any], critic: Critic | None) -> Policy:
     chosen_by = critic or _critic(root, config)
-    return _acting(_posterior(root, config, chosen_by), config, chosen_by)
+    return _acting(_posterior(root, config, chosen_by).sampler, config, chosen_by)
+
+
+def _amortised(root: Path, config: dict[str, Any], critic: Critic | None) -> Policy:
+    stage, prior = fitted_config(root / "amortised"), load_prior(root / "prior")
+    network = ActionNetwork(**stage["amortised"]["network"])
+    model = amortised_model(prior, stage["observation_size"], network, seed=0)
+    load_weights(root / "amortised", model)
+    model.requires_grad_(False).eval()
+    sampler = Sampler(prior.diffusion, model)
+    return AmortisedPolicy(_acting(sampler, config), stage["acting_beta"])
 
 
 Loader = Callable[[Path, dict[str, Any], Critic | None], Policy]
@@ -84,6 +96,7 @@ LOADERS: dict[str, Loader] = {
     "best_of_n": _best_of_n,
     "rtb": _rtb,
     "rtb_best_of_n": _rtb_best_of_n,
+    "rtb_amortised": _amortised,
     "dql": lambda root, config, critic: load_diffusion_q(root / "dql"),
     "td3_bc": lambda root, config, critic: load_td3_bc(root / "td3_bc"),
 }
@@ -100,11 +113,11 @@ def _posterior(root: Path, config: dict[str, Any], critic: Critic | None) -> Act
 
 
 def _acting(
-    model: ActionDiffusion, config: dict[str, Any], critic: Critic | None = None
+    sampler: Sampler, config: dict[str, Any], critic: Critic | None = None
 ) -> DiffusionPolicy:
-    """Acts by draws of the model, or by the one of several that a critic chooses."""
+    """Acts by draws of the sampler, or by the one of several that a critic chooses."""
     return DiffusionPolicy(
-        model.sampler,
+        sampler,
         action_low=torch.tensor(config["action_low"]),
         action_high=torch.tensor(config["action_high"]),
         candidates=1 if critic is None else config["candidates"],

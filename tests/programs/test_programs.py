@@ -21,6 +21,7 @@ PROGRAMS = {
     "best_of_n": ["prior", "best_of_n"],
     "iql": ["iql"],
     "rtb_best_of_n": ["rtb", "rtb_best_of_n"],
+    "rtb_amortised": ["prior", "rtb_amortised"],
     "td3_bc": ["td3_bc"],
     "dql": ["dql"],
 }
