@@ -27,6 +27,7 @@ from rtb_rl.rl.readers import load_dataset
 from rtb_rl.rl.report import StatePanel, state_panels
 from rtb_rl.rl.saved import SavedPolicy, load_policy
 from rtb_rl.rl.scores import normalised_score, reference_returns
+from rtb_rl.rl.soft_critic import SoftCriticSettings, fit_soft_critic
 from rtb_rl.rl.summary import DatasetSummary, summarise
 from rtb_rl.rl.task import critic_log_reward, offline_rl_task
 from rtb_rl.rl.td3_bc import TD3BCSettings, fit_td3_bc, load_td3_bc
@@ -57,6 +58,7 @@ __all__ = [
     "Policy",
     "PosteriorSettings",
     "SavedPolicy",
+    "SoftCriticSettings",
     "StatePanel",
     "TD3BCSettings",
     "TransitionDataset",
@@ -74,6 +76,7 @@ __all__ = [
     "fit_gaussian_policy",
     "fit_posterior",
     "fit_prior",
+    "fit_soft_critic",
     "fit_td3_bc",
     "load_critic",
     "load_dataset",

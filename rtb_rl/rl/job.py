@@ -2,10 +2,10 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -27,6 +27,8 @@ from rtb_rl.training.memory import peak_of_this_process
 from rtb_rl.training.run import Run
 from rtb_rl.training.seeding import generator_for
 from rtb_rl.training.stage import fingerprint
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,20 @@ class Job:
         points, seed = self.settings.curve, self.settings.seed
         return Curve(stage / "curve.json", self.env_id, points=points, seed=seed)
 
+    def stage(self, name: str, facts: Mapping[str, Any], fit: Callable[[Path], T]) -> T:
+        """What `fit` makes in a directory of this name, taken from the stages that runs share.
+
+        `facts`: all that makes it another stage, beside the data and the seed.
+        """
+        shared = SharedStages(self.settings.stages, self.dataset)
+        return shared.stage(self.out / name, {**facts, "seed": self.settings.seed}, fit)
+
     def prior(self) -> ActionDiffusion:
         """The behaviour prior, fitted."""
         budget, seed = self.budget.prior, self.settings.seed
-        return self._shared.stage(
-            self.out / "prior",
-            {"prior": asdict(budget), "seed": seed},
+        return self.stage(
+            "prior",
+            {"prior": asdict(budget)},
             lambda directory: fit_prior(directory, self.dataset, budget, seed=seed),
         )
 
@@ -101,18 +111,18 @@ class Job:
         if spec is not None:
             return load_critic(spec, self.dataset)
         Console().print(f"critic: {scaled_for_critic(self.dataset, budget)[1]}", highlight=False)
-        return self._shared.stage(
-            self.out / "critic",
-            {"critic": asdict(budget), "seed": seed},
+        return self.stage(
+            "critic",
+            {"critic": asdict(budget)},
             lambda directory: fit_critic(directory, self.dataset, budget, seed=seed),
         )
 
     def gaussian_policy(self, critic: Critic) -> GaussianPolicy:
         """IQL's own policy from this critic, fitted."""
         budget, seed = self.budget.gaussian, self.settings.seed
-        return self._shared.stage(
-            self.out / "iql",
-            {"gaussian": asdict(budget), "critic": fingerprint(critic), "seed": seed},
+        return self.stage(
+            "iql",
+            {"gaussian": asdict(budget), "critic": fingerprint(critic)},
             lambda directory: fit_gaussian_policy(
                 directory, self.dataset, critic, budget, seed=seed, watch=self.curve(directory)
             ),
@@ -132,24 +142,20 @@ class Job:
         self, prior: ActionDiffusion, critic: Critic, settings: PosteriorSettings
     ) -> ActionDiffusion:
         """The posterior of this prior and critic, fitted."""
-        seed, made_of = self.settings.seed, (fingerprint(prior), fingerprint(critic))
-        return self._shared.stage(
-            self.out / "posterior",
-            {"posterior": asdict(settings), "made_of": made_of, "seed": seed},
+        made_of = fingerprint(prior), fingerprint(critic)
+        return self.stage(
+            "posterior",
+            {"posterior": asdict(settings), "made_of": made_of},
             lambda directory: fit_posterior(
                 directory,
                 self.dataset,
                 prior,
                 critic,
                 settings,
-                seed=seed,
+                seed=self.settings.seed,
                 watch=self.curve(directory),
             ),
         )
-
-    @property
-    def _shared(self) -> SharedStages:
-        return SharedStages(self.settings.stages, self.dataset)
 
     def finish(
         self,

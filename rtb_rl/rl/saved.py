@@ -21,6 +21,7 @@ from rtb_rl.rl.policy import DiffusionPolicy
 from rtb_rl.rl.posterior import posterior_model
 from rtb_rl.rl.prior import ActionDiffusion, ActionNetwork
 from rtb_rl.rl.readers import load_dataset
+from rtb_rl.rl.soft_critic import load_soft_critic
 from rtb_rl.rl.td3_bc import load_td3_bc
 from rtb_rl.training.seeding import generator_for
 from rtb_rl.training.stage import load_weights
@@ -154,6 +155,8 @@ def load_gaussian(directory: Path) -> GaussianPolicy:
 def _critic(root: Path, config: dict[str, Any]) -> Critic:
     if config.get("critic"):
         return load_critic(config["critic"], load_dataset(config["source"]))
+    if (root / "soft_critic").exists():
+        return load_soft_critic(root / "soft_critic")
     return load_iql_critic(root / "critic")
 
 

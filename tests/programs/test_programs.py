@@ -22,6 +22,7 @@ PROGRAMS = {
     "iql": ["iql"],
     "rtb_best_of_n": ["rtb", "rtb_best_of_n"],
     "rtb_amortised": ["prior", "rtb_amortised"],
+    "rtb_soft": ["prior", "best_of_n", "rtb", "rtb_best_of_n"],
     "td3_bc": ["td3_bc"],
     "dql": ["dql"],
 }

@@ -1,0 +1,68 @@
+"""RTB towards the critic whose own value it is: log Z(s) / beta of the prior backs up Q.
+
+rtb-rl run rtb_soft --dataset hopper-medium-replay.hdf5 --out runs/hopper-soft
+
+As rtb_iql with another critic. Q(s, a) <- r + discount log Z(s') / beta, log Z the soft value of
+the behaviour prior under Q, so that Q is of the policy that RTB samples, with its KL to the prior
+as a cost; IQL's Q is of an expectile of the actions in the data. An ensemble with a lower bound,
+and layer norm, make it more cautious where there are few data.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import tyro
+
+from rtb_rl.errors import InputError
+from rtb_rl.rl import JobSettings, SoftCriticSettings, fit_soft_critic, open_job, state_panels
+
+
+@dataclass(frozen=True)
+class Settings(JobSettings):
+    """RTB with the soft value of the behaviour prior as backup."""
+
+    members: int = 2
+    """Networks of Q."""
+    lower_bound: float | None = None
+    """rho of Q = mean - rho std over the members; not given: the least of them."""
+    layer_norm: bool = False
+    """Normalise the hidden layers of Q."""
+    backup_actions: int = 16
+    """Draws of the prior in each next state."""
+
+
+def main(settings: Settings) -> None:
+    """Fit prior, critic and posterior, skipping what is complete, and evaluate."""
+    if settings.critic is not None:
+        raise InputError("rtb_soft trains a critic of its own; leave --critic out, or run rtb_iql")
+    own = SoftCriticSettings(
+        members=settings.members,
+        lower_bound=settings.lower_bound,
+        layer_norm=settings.layer_norm,
+        candidates=settings.backup_actions,
+    )
+    tuning = Path(__file__).with_name("rtb_iql.toml")
+    job = open_job(
+        settings,
+        program="rtb_soft",
+        method="rtb",
+        tuning_file=tuning,
+        own={"soft_critic": asdict(own)},
+    )
+    budget, seed = job.budget, settings.seed
+    own = replace(own, beta=budget.posterior.finetune.beta, steps=budget.critic.steps)
+    prior = job.prior()
+    critic = job.stage(
+        "soft_critic",
+        {"soft_critic": asdict(own), "prior": asdict(budget.prior)},
+        lambda directory: fit_soft_critic(directory, job.dataset, prior, own, seed=seed),
+    )
+    chosen = replace(job.posterior_settings(prior, critic), grouped_log_z=True)
+    posterior = job.posterior(prior, critic, chosen)
+    panels = state_panels(job.dataset, prior, posterior, critic, chosen.finetune.beta, seed=seed)
+    methods = ["prior", "best_of_n", "rtb", "rtb_best_of_n"]
+    job.finish(methods, trained="posterior", critic=critic, panels=panels)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings))
