@@ -16,6 +16,7 @@ from rtb_rl.rl.diffusion_q import DiffusionQSettings, fit_diffusion_q, load_diff
 from rtb_rl.rl.diffusion_q_policy import DiffusionQPolicy
 from rtb_rl.rl.environments import make_environment
 from rtb_rl.rl.evaluation import EpisodeRecords, Policy, evaluate
+from rtb_rl.rl.extraction import Extraction, draws_of, measure_extraction
 from rtb_rl.rl.gaussian_policy import AdvantageWeightedRegression, GaussianPolicy, MeanActionPolicy
 from rtb_rl.rl.iql import IQL
 from rtb_rl.rl.job import Job, JobSettings
@@ -49,6 +50,7 @@ __all__ = [
     "DiffusionQPolicy",
     "DiffusionQSettings",
     "EpisodeRecords",
+    "Extraction",
     "GaussianPolicy",
     "GaussianSettings",
     "IQLCritic",
@@ -69,6 +71,7 @@ __all__ = [
     "check_critic",
     "collect",
     "critic_log_reward",
+    "draws_of",
     "evaluate",
     "fit_amortised",
     "fit_critic",
@@ -84,6 +87,7 @@ __all__ = [
     "load_policy",
     "load_td3_bc",
     "make_environment",
+    "measure_extraction",
     "normalised_score",
     "offline_rl_task",
     "open_job",

@@ -14,6 +14,9 @@ from torch import Generator, Tensor
 from rtb_rl.core import conditions
 from rtb_rl.errors import InputError
 from rtb_rl.rl.critic import Critic
+from rtb_rl.rl.evaluation import Policy
+from rtb_rl.rl.gaussian_policy import GaussianPolicy, MeanActionPolicy
+from rtb_rl.rl.policy import DiffusionPolicy
 from rtb_rl.rl.task import critic_log_reward
 
 Draw = Callable[[Tensor, int, Generator], Tensor]
@@ -87,3 +90,46 @@ def _distances(x: Tensor, y: Tensor) -> Tensor:
     """By differences: a matrix product would round close draws to one point."""
     mode = "donot_use_mm_for_euclid_dist"
     return torch.cdist(x.double(), y.double(), compute_mode=mode)
+
+
+def draws_of(policy: Policy) -> Draw:
+    """Draws of the law behind a policy: of a diffusion, of its best of N, or of IQL's Gaussian.
+
+    Of a Gaussian that acts by its mean the noise is drawn all the same: without it there is no
+    density. Nothing is clipped. InputError for other policies.
+    """
+    if isinstance(policy, MeanActionPolicy):
+        return _of_gaussian(policy.policy)
+    if isinstance(policy, DiffusionPolicy):
+        return _of_diffusion(policy)
+    raise InputError(
+        f"{type(policy).__name__} has no law to draw from here; give a DiffusionPolicy or a"
+        " MeanActionPolicy"
+    )
+
+
+def _of_gaussian(policy: GaussianPolicy) -> Draw:
+    def draw(observations: Tensor, n: int, generator: Generator) -> Tensor:
+        mean = policy.mean(observations)[:, None]
+        shape = len(mean), n, mean.shape[2]
+        noise = torch.randn(shape, generator=generator, device=generator.device)
+        return mean + policy.log_std.exp() * noise
+
+    return draw
+
+
+def _of_diffusion(policy: DiffusionPolicy) -> Draw:
+    count, critic = policy.candidates, policy.critic
+
+    def draw(observations: Tensor, n: int, generator: Generator) -> Tensor:
+        actions = policy.sampler.sample(observations, n * count, generator=generator)
+        if count == 1 or critic is None:
+            return actions
+        each = conditions.repeat(observations, n * count)
+        assert isinstance(each, Tensor)
+        value = critic.q(each, actions.flatten(0, 1).clamp(-1, 1)).reshape(len(actions), n, count)
+        groups = actions.unflatten(1, (n, count))
+        best = value.argmax(2)[:, :, None, None].expand(-1, -1, 1, actions.shape[2])
+        return groups.gather(2, best).squeeze(2)
+
+    return draw

@@ -67,7 +67,7 @@ def _iql(root: Path, config: dict[str, Any], critic: Critic | None) -> Policy:
 
 
 def _best_of_n(root: Path, config: dict[str, Any], critic: Critic | None) -> Policy:
-    return _acting(load_prior(root / "prior").sampler, config, critic or _critic(root, config))
+    return _acting(load_prior(root / "prior").sampler, config, critic or load_run_critic(root))
 
 
 def _rtb(root: Path, config: dict[str, Any], critic: Critic | None) -> Policy:
@@ -75,7 +75,7 @@ def _rtb(root: Path, config: dict[str, Any], critic: Critic | None) -> Policy:
 
 
 def _rtb_best_of_n(root: Path, config: dict[str, Any], critic: Critic | None) -> Policy:
-    chosen_by = critic or _critic(root, config)
+    chosen_by = critic or load_run_critic(root)
     return _acting(_posterior(root, config, chosen_by).sampler, config, chosen_by)
 
 
@@ -107,7 +107,7 @@ it was given as a Python object."""
 
 def _posterior(root: Path, config: dict[str, Any], critic: Critic | None) -> ActionDiffusion:
     langevin = fitted_config(root / "posterior")["posterior"]["langevin"]
-    needed = critic or _critic(root, config) if langevin else critic
+    needed = critic or load_run_critic(root) if langevin else critic
     posterior = posterior_model(load_prior(root / "prior"), needed, langevin=langevin)
     load_weights(root / "posterior", posterior)
     return posterior.requires_grad_(False).eval()
@@ -152,7 +152,9 @@ def load_gaussian(directory: Path) -> GaussianPolicy:
     return policy.requires_grad_(False).eval()
 
 
-def _critic(root: Path, config: dict[str, Any]) -> Critic:
+def load_run_critic(root: Path) -> Critic:
+    """The critic of a run: the user's, by its name, or the one that the run fitted."""
+    config = fitted_config(root)
     if config.get("critic"):
         return load_critic(config["critic"], load_dataset(config["source"]))
     if (root / "soft_critic").exists():

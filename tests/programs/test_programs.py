@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from rtb_rl.benchmarks import extraction
 
 from rtb_rl.core import effective_sample_size
 from rtb_rl.errors import InputError
@@ -152,6 +153,22 @@ def test_runs_share_stages_and_keep_the_curve_of_their_policy(dataset, tiny, tmp
         assert results["best"] in results["curve"]
         assert results["curve"] == json.loads((tmp_path / name / stage / "curve.json").read_text())
         assert results["peak_memory_bytes"] > 1e8 and results["wall_seconds"] > 0
+
+
+def test_what_methods_make_of_one_critic_is_measured_side_by_side(dataset, tiny, tmp_path):
+    shared = {"stages": tmp_path / "stages"}
+    run("rtb_iql", dataset, tmp_path / "main", **shared)
+    run("rtb_best_of_n", dataset, tmp_path / "best", **shared)
+    out, runs = tmp_path / "out", (tmp_path / "main", tmp_path / "best")
+    extraction.main(extraction.Settings(runs=runs, out=out, fast=True))
+    rows = {row["method"]: row for row in map(json.loads, (out / "rows.jsonl").open())}
+    assert list(rows) == ["prior", "iql", "best_of_n", "rtb", "rtb_best_of_n"]
+    assert rows["best_of_n"]["advantage"] > rows["prior"]["advantage"]
+    assert abs(rows["prior"]["kl"]) < 5 * rows["prior"]["kl_error"]
+    assert rows["rtb"]["ess"] and rows["rtb"]["path_kl"] is not None
+    assert (out / "table.md").read_text().count("| iql |") == 1
+    with pytest.raises(InputError, match="is no finished run"):
+        extraction.main(extraction.Settings(runs=(tmp_path,), out=out))
 
 
 def test_beta_follows_from_the_effective_sample_size_asked_for(dataset, tiny, tmp_path):
