@@ -87,7 +87,10 @@ def check_one_critic(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 f"the runs are of {len(found)} {words}: {', '.join(found.values())}; give runs that"
                 " share it, such as those made with the same --stages and seed"
             )
-    return list({row["method"]: row for row in reversed(rows)}.values())[::-1]
+    first: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        first.setdefault(row["method"], row)
+    return list(first.values())
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -1,8 +1,8 @@
 """Rows of extraction: of one critic and one data set, each method once."""
 
 import pytest
-
 from rtb_rl.benchmarks.extraction import check_one_critic, table
+
 from rtb_rl.errors import InputError
 
 
