@@ -13,12 +13,13 @@ Key = tuple[str, str, int]
 
 @dataclass(frozen=True)
 class Cell:
-    """`dataset` is what its program is given; `words` the rest of its command line."""
+    """`dataset` is what its program is given; `words` the rest of the program's command line."""
 
     task: str
     agent: str
     seed: int
     dataset: str
+    program: str
     words: tuple[str, ...] = ()
     overrides: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
@@ -49,7 +50,7 @@ class Cell:
 
     def command(self, root: Path) -> list[str]:
         """What starts it."""
-        return [*launcher(self.agent), *self.options(root)]
+        return [*launcher(self.program), *self.options(root)]
 
     def results(self, root: Path) -> dict[str, Any] | None:
         """Its results.json, None where it is not finished."""

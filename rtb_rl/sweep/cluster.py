@@ -30,6 +30,7 @@ from rtb_rl.sweep.stopping import stop_requested
 
 LOOK = 1.0  # seconds between two looks at the cluster and at what has started
 SILENCE = 5  # looks without an answer of the cluster until it counts as gone
+END = 10.0  # seconds for the driver to end by itself
 PASSED_ON = (
     "PYTHONPATH",
     "HF_HUB_OFFLINE",
@@ -138,9 +139,10 @@ def _driver(jobs: Sequence[Job], address: str, workers: int, log: Path) -> Itera
     theirs.close()
     try:
         yield ours
+        process.join(END)
     finally:
         process.terminate()
-        process.join(10)
+        process.join(END)
         process.kill()
 
 
@@ -156,6 +158,9 @@ def drive(
     import ray
 
     own = {"num_cpus": workers, "include_dashboard": False} if address == "local" else {}
+    if ":" in address and not _answers(address):  # Ray itself would try for minutes
+        results.send((None, "nothing answers there"))
+        return
     try:
         ray.init(address, log_to_driver=False, **own)
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
@@ -163,12 +168,12 @@ def drive(
         return
     task = ray.remote(num_cpus=1, max_retries=-1)(Job.run)
     numbers = {task.remote(job): number for number, job in enumerate(jobs)}
-    silent = 0
+    head, silent = ray.get_runtime_context().gcs_address, 0
     while numbers and os.getppid() == parent:
         done, _ = ray.wait(list(numbers), timeout=LOOK)
         for reference in done:
             results.send((numbers.pop(reference), _outcome(ray, reference)))
-        silent = 0 if done or _answers(ray) else silent + 1
+        silent = 0 if done or _answers(head) else silent + 1
         if silent == SILENCE:
             results.send((None, GONE))
             os._exit(1)  # a shutdown would wait for the cluster
@@ -183,11 +188,11 @@ def _outcome(ray: Any, reference: Any) -> Outcome:
         return Outcome(f"Ray: {lines[-1] if lines else type(error).__name__}", 1)
 
 
-def _answers(ray: Any) -> bool:
-    """Whether something listens where the cluster's head should."""
-    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+def _answers(address: str) -> bool:
+    """Whether something listens at HOST:PORT."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
-        with socket.create_connection((host, int(port)), timeout=LOOK):
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=LOOK):
             return True
-    except OSError:
+    except (OSError, ValueError):
         return False

@@ -11,6 +11,9 @@
     dataset = ["hopper-medium.hdf5", "hopper-expert.hdf5"]
     [agents_settings.rtb_iql]      # options of one program
     beta = 3.0
+    [agents_settings.rtb_strong]   # an agent of another name: the same program with other options
+    program = "rtb_iql"
+    beta = 10.0
 
 An option of an agent goes before one of a task, and that before one of all.
 """
@@ -52,14 +55,20 @@ class Grid:
     def overrides(self, task: str, agent: str) -> dict[str, Any]:
         """Options of a cell's program, those that the runner gives left out."""
         of_task = {key: value for key, value in self.tasks[task].items() if key != "dataset"}
-        return {**self.settings, **of_task, **self.agents_settings.get(agent, {})}
+        of_agent = dict(self.agents_settings.get(agent, {}))
+        of_agent.pop("program", None)
+        return {**self.settings, **of_task, **of_agent}
+
+    def program(self, agent: str) -> str:
+        """The program of an agent: that of its name, where the grid names no other."""
+        return self.agents_settings.get(agent, {}).get("program", agent)
 
     def cells(self, datasets: Mapping[str, str], root: Path) -> list[Cell]:
         """Every cell by seed, then task, then agent, its command line accepted by its program.
 
         `datasets` says for each task what its programs are given as --dataset.
         """
-        kinds = {agent: load_settings(agent) for agent in self.agents}
+        kinds = {agent: load_settings(self.program(agent)) for agent in self.agents}
         cells = []
         for seed in self.seeds:
             for task in self.tasks:
@@ -67,7 +76,8 @@ class Grid:
                     where = f"task {task}, agent {agent}"
                     overrides = self.overrides(task, agent)
                     words = option_words(kinds[agent], overrides, where)
-                    cell = Cell(task, agent, seed, datasets[task], tuple(words), overrides)
+                    program = self.program(agent)
+                    cell = Cell(task, agent, seed, datasets[task], program, tuple(words), overrides)
                     if seed == self.seeds[0]:
                         check_words(kinds[agent], cell.options(root), where)
                     cells.append(cell)

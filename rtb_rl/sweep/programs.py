@@ -24,6 +24,8 @@ def load_settings(agent: str) -> type:
 
     InputError where there is none, or where it lacks an option that the runner gives.
     """
+    if not isinstance(agent, str) or not agent:
+        raise InputError(f"agents: the program is {agent!r}; name one, such as rtb_iql")
     if "." not in agent and agent not in (names := _names()):
         near = difflib.get_close_matches(agent, names, cutoff=0.5) or names
         raise InputError(

@@ -107,6 +107,7 @@ def row_of(cell: Cell, root: Path, *, peak_memory_bytes: int | None = None) -> d
         episodes, manifest = results["methods"][method], results["manifest"]
         return {
             "agent": cell.agent,
+            "program": cell.program,
             "method": method,
             "task": cell.task,
             "seed": cell.seed,

@@ -77,7 +77,7 @@ def test_a_grid_gives_a_row_a_cell_in_order_and_is_then_left_alone(make_grid, tm
 
 
 def test_two_workers_take_different_tasks_first():
-    cells = [Cell(task, agent, 0, "data") for task in "ab" for agent in ("one", "two")]
+    cells = [Cell(task, agent, 0, "data", agent) for task in "ab" for agent in ("one", "two")]
     assert next_cell(dict.fromkeys(cells[1:], 0.0), cells[:1]) is cells[2]
     assert next_cell(dict.fromkeys(cells[1:2], 0.0), cells[:1]) is cells[1]
     assert next_cell(dict.fromkeys(cells, float("inf")), []) is None

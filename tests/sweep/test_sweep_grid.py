@@ -52,6 +52,7 @@ BAD = {
     "no dataset": (GOOD.replace('dataset = "one.hdf5"', ""), "task one has dataset None"),
     "empty mixture": (GOOD.replace('"one.hdf5"', "[]"), "task one has dataset \\[\\]"),
     "a path for a name": (GOOD.replace("tasks.one", 'tasks."../one"'), "can't name a directory"),
+    "no program": (f'{GOOD}program = ""\n', "the program is ''; name one, such as rtb_iql"),
     "agent left out": (GOOD.replace("settings.iql", "settings.bc"), "no agent of the grid: 'bc'"),
 }
 
@@ -93,6 +94,17 @@ def test_a_flag_is_left_out_at_its_default_and_turned_off_by_its_negative(tmp_pa
         text = f'agents = ["rtb_iql"]\nseeds = [0]\n[settings]\ngrouped_log_z = {value}\n'
         (cell,) = cells_of(written(tmp_path, text + '[tasks.one]\ndataset = "one.hdf5"\n'))
         assert list(cell.words) == words
+
+
+def test_an_agent_of_another_name_is_a_program_with_other_options(tmp_path):
+    text = GOOD.replace('agents = ["iql"', 'agents = ["iql", "strong"')
+    text += '[agents_settings.strong]\nprogram = "iql"\nbeta = 10.0\n'
+    cells = [cell for cell in cells_of(written(tmp_path, text)) if cell.agent == "strong"]
+    assert cells and {cell.program for cell in cells} == {"iql"}
+    assert cells[0].overrides == {"beta": 10.0}
+    words = cells[0].command(tmp_path)
+    assert words[2:4] == ["rtb_rl", "run"] and words[4] == "iql" and "--beta=10.0" in words
+    assert "cells/one/strong/seed0" in str(cells[0].path)
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -10,7 +10,7 @@ from rtb_rl.sweep.attempt import Outcome
 from rtb_rl.sweep.cells import Cell
 from rtb_rl.sweep.rows import Failures, Rows
 
-CELLS = [Cell("task", "agent", seed, "data.hdf5") for seed in range(3)]
+CELLS = [Cell("task", "agent", seed, "data.hdf5", "program") for seed in range(3)]
 
 
 @pytest.fixture
