@@ -14,6 +14,11 @@ from rtb_rl.rl.curve import Curve, Watch
 from rtb_rl.rl.dataset import TransitionDataset, Transitions
 from rtb_rl.rl.diffusion_q import DiffusionQSettings, fit_diffusion_q, load_diffusion_q
 from rtb_rl.rl.diffusion_q_policy import DiffusionQPolicy
+from rtb_rl.rl.energy_guidance import (
+    EnergyGuidanceSettings,
+    fit_energy_guidance,
+    load_energy_guidance,
+)
 from rtb_rl.rl.environments import make_environment
 from rtb_rl.rl.evaluation import EpisodeRecords, Policy, evaluate
 from rtb_rl.rl.extraction import Extraction, draws_of, measure_extraction
@@ -28,7 +33,7 @@ from rtb_rl.rl.readers import load_dataset
 from rtb_rl.rl.report import StatePanel, state_panels
 from rtb_rl.rl.saved import SavedPolicy, load_policy
 from rtb_rl.rl.scores import normalised_score, reference_returns
-from rtb_rl.rl.soft_critic import SoftCriticSettings, fit_soft_critic
+from rtb_rl.rl.soft_critic import SoftCritic, SoftCriticSettings, fit_soft_critic, load_soft_critic
 from rtb_rl.rl.summary import DatasetSummary, summarise
 from rtb_rl.rl.task import critic_log_reward, offline_rl_task
 from rtb_rl.rl.td3_bc import TD3BCSettings, fit_td3_bc, load_td3_bc
@@ -49,6 +54,7 @@ __all__ = [
     "DiffusionPolicy",
     "DiffusionQPolicy",
     "DiffusionQSettings",
+    "EnergyGuidanceSettings",
     "EpisodeRecords",
     "Extraction",
     "GaussianPolicy",
@@ -60,6 +66,7 @@ __all__ = [
     "Policy",
     "PosteriorSettings",
     "SavedPolicy",
+    "SoftCritic",
     "SoftCriticSettings",
     "StatePanel",
     "TD3BCSettings",
@@ -76,6 +83,7 @@ __all__ = [
     "fit_amortised",
     "fit_critic",
     "fit_diffusion_q",
+    "fit_energy_guidance",
     "fit_gaussian_policy",
     "fit_posterior",
     "fit_prior",
@@ -84,7 +92,9 @@ __all__ = [
     "load_critic",
     "load_dataset",
     "load_diffusion_q",
+    "load_energy_guidance",
     "load_policy",
+    "load_soft_critic",
     "load_td3_bc",
     "make_environment",
     "measure_extraction",

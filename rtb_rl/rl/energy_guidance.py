@@ -122,13 +122,8 @@ def fit_energy_guidance(
     """
     settings, directory = settings or EnergyGuidanceSettings(), Path(directory)
     check_critic(critic, dataset.observation_size, dataset.action_size, device=prior.device)
-    config = {
-        **data_facts(dataset),
-        "energy_guidance": asdict(settings),
-        "prior": fingerprint(prior),
-        "critic": fingerprint(critic),
-        "seed": seed,
-    }
+    made_of = {"prior": fingerprint(prior), "critic": fingerprint(critic), "seed": seed}
+    config = {**data_facts(dataset), "energy_guidance": asdict(settings), **made_of}
     run, energy = Run(directory, config), _new_energy(prior, dataset.observation_size, seed=seed)
     policy = _policy(prior, energy, scale, config)
 
@@ -145,7 +140,6 @@ def fit_energy_guidance(
         values = settings.beta * draws.values(critic)
         drawing = time.monotonic() - begun
         energy.standardise(draws.data.observations)
-        generator = generator_for(seed, "energy_guidance", device=prior.device)
         trainer = EnergyTrainer(
             prior.diffusion,
             energy,
@@ -153,21 +147,27 @@ def fit_energy_guidance(
             values,
             batch=settings.batch,
             learning_rate=settings.learning_rate,
-            generator=generator,
+            generator=generator_for(seed, "energy_guidance", device=prior.device),
         )
-        seconds = train(
-            run,
-            trainer.update,
-            {"trainer": trainer},
-            steps=settings.steps,
-            description="energy",
-            observe=lambda done: watch(done, settings.steps, policy),
-        )
+        seconds = _train(run, trainer, settings.steps, policy, watch)
         return {"seconds": seconds + drawing, "drawing_seconds": drawing}
 
     complete(run, energy, fit)
     forget_own_actions(directory)
     return policy
+
+
+def _train(
+    run: Run, trainer: EnergyTrainer, steps: int, policy: DiffusionPolicy, watch: Watch
+) -> float:
+    return train(
+        run,
+        trainer.update,
+        {"trainer": trainer},
+        steps=steps,
+        description="energy",
+        observe=lambda done: watch(done, steps, policy),
+    )
 
 
 def load_energy_guidance(

@@ -14,6 +14,7 @@ from rtb_rl.rl.amortised import AmortisedPolicy, amortised_model
 from rtb_rl.rl.critic import Critic, IQLCritic, load_critic
 from rtb_rl.rl.critic_training import CriticSettings, new_critic
 from rtb_rl.rl.diffusion_q import load_diffusion_q
+from rtb_rl.rl.energy_guidance import load_energy_guidance
 from rtb_rl.rl.evaluation import Policy
 from rtb_rl.rl.fitted import fitted_config
 from rtb_rl.rl.gaussian_policy import GaussianPolicy, MeanActionPolicy
@@ -89,6 +90,11 @@ def _amortised(root: Path, config: dict[str, Any], critic: Critic | None) -> Pol
     return AmortisedPolicy(_acting(sampler, config), stage["acting_beta"])
 
 
+def _qgpo(root: Path, config: dict[str, Any], critic: Critic | None) -> Policy:
+    scale = config["settings"]["qgpo"]["scale"]
+    return load_energy_guidance(root / "qgpo", load_prior(root / "prior"), scale=scale)
+
+
 Loader = Callable[[Path, dict[str, Any], Critic | None], Policy]
 
 LOADERS: dict[str, Loader] = {
@@ -98,6 +104,7 @@ LOADERS: dict[str, Loader] = {
     "rtb": _rtb,
     "rtb_best_of_n": _rtb_best_of_n,
     "rtb_amortised": _amortised,
+    "qgpo": _qgpo,
     "dql": lambda root, config, critic: load_diffusion_q(root / "dql"),
     "td3_bc": lambda root, config, critic: load_td3_bc(root / "td3_bc"),
 }

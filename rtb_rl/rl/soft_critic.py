@@ -25,7 +25,12 @@ from rtb_rl.rl.critic_training import CriticSettings, scaled_for_critic
 from rtb_rl.rl.dataset import TransitionDataset, data_facts
 from rtb_rl.rl.fitted import fitted_config
 from rtb_rl.rl.prior import ActionDiffusion
-from rtb_rl.rl.prior_actions import draw_prior_actions, forget_own_actions, own_actions
+from rtb_rl.rl.prior_actions import (
+    PriorActions,
+    draw_prior_actions,
+    forget_own_actions,
+    own_actions,
+)
 from rtb_rl.rl.soft_backup import BACKUPS, Bound, least, mean_minus_std
 from rtb_rl.rl.soft_q_learning import SoftQLearning
 from rtb_rl.training.loop import train
@@ -171,26 +176,32 @@ def fit_soft_critic(
         )
         drawing = time.monotonic() - begun
         critic.scaler.fit(draws.data.observations)
-        generator = generator_for(seed, "soft_critic", device=prior.device)
-        learner = SoftQLearning(
-            critic,
-            backup=BACKUPS[settings.backup](settings.beta),
-            discount=settings.discount,
-            polyak=settings.polyak,
-            learning_rate=settings.learning_rate,
-        )
-        seconds = train(
-            run,
-            lambda step: learner.update(*draws.sample(settings.batch, generator=generator)),
-            {"learner": learner, "generator": GeneratorState(generator)},
-            steps=settings.steps,
-            description="critic",
-        )
+        seconds = _train(run, critic, draws, settings, seed=seed)
         return {"seconds": seconds + drawing, "drawing_seconds": drawing, "rewards": words}
 
     complete(run, critic, fit)
     forget_own_actions(directory)
     return critic
+
+
+def _train(
+    run: Run, critic: SoftCritic, draws: PriorActions, settings: SoftCriticSettings, *, seed: int
+) -> float:
+    generator = generator_for(seed, "soft_critic", device=draws.actions.device)
+    learner = SoftQLearning(
+        critic,
+        backup=BACKUPS[settings.backup](settings.beta),
+        discount=settings.discount,
+        polyak=settings.polyak,
+        learning_rate=settings.learning_rate,
+    )
+    return train(
+        run,
+        lambda step: learner.update(*draws.sample(settings.batch, generator=generator)),
+        {"learner": learner, "generator": GeneratorState(generator)},
+        steps=settings.steps,
+        description="critic",
+    )
 
 
 def load_soft_critic(directory: str | Path) -> SoftCritic:

@@ -24,10 +24,11 @@ PROGRAMS = {
     "rtb_best_of_n": ["rtb", "rtb_best_of_n"],
     "rtb_amortised": ["prior", "rtb_amortised"],
     "rtb_soft": ["prior", "best_of_n", "rtb", "rtb_best_of_n"],
+    "qgpo": ["qgpo"],
     "td3_bc": ["td3_bc"],
     "dql": ["dql"],
 }
-OWN_STEPS = ("td3_bc", "dql")  # programs with a table of their own of steps for each budget
+OWN_STEPS = ("td3_bc", "dql", "qgpo")  # programs with a table of their own of steps for each budget
 TINY = Budget(
     prior=PretrainSettings(steps=24, batch=32),
     critic=CriticSettings(steps=24, batch=32),
@@ -169,6 +170,27 @@ def test_what_methods_make_of_one_critic_is_measured_side_by_side(dataset, tiny,
     assert (out / "table.md").read_text().count("| iql |") == 1
     with pytest.raises(InputError, match="is no finished run"):
         extraction.main(extraction.Settings(runs=(tmp_path,), out=out))
+
+
+def test_scales_of_the_guidance_share_critic_and_energy(dataset, tiny, tmp_path):
+    """Scale 0 is the prior; what was fitted serves every scale; draws are not kept."""
+    stages = tmp_path / "stages"
+    returns = {
+        scale: run("qgpo", dataset, tmp_path / f"scale{scale}", stages=stages, scale=scale)[
+            "methods"
+        ]["qgpo"]["returns"]
+        for scale in (0.0, 1.0, 50.0)
+    }
+    assert len(list(stages.rglob("qgpo-seed3-*/results.json"))) == 1
+    assert len(list(stages.rglob("soft_critic-seed3-*/results.json"))) == 1
+    assert not list(tmp_path.rglob("actions_*.safetensors"))
+    prior = load_policy(tmp_path / "scale1.0", "prior")
+    assert evaluate(prior, "Hopper-v5", episodes=2, seed=3).returns == returns[0.0]
+    assert returns[50.0] != returns[0.0]
+    run("qgpo", dataset, tmp_path / "iql", stages=stages, critic_kind="iql", curve=1)
+    assert (tmp_path / "iql" / "critic").exists() and not (
+        tmp_path / "iql" / "soft_critic"
+    ).exists()
 
 
 def test_beta_follows_from_the_effective_sample_size_asked_for(dataset, tiny, tmp_path):
