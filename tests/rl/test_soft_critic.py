@@ -113,6 +113,28 @@ def test_the_fixed_point_of_one_state(kind, members) -> None:
     check_critic(critic, 2, 1)
 
 
+def test_slow_copies_are_read_and_terminal_states_teach_v_nothing() -> None:
+    critic = SoftCritic(2, 1, width=16, generator=generator_for(0, "critic"))
+    learner = SoftQLearning(critic, backup=soft_value(1.0), polyak=0.25, learning_rate=1e-2)
+    state, candidates = torch.ones(2, 2), ACTIONS[BEHAVIOUR].expand(2, -1, -1)
+
+    def update(ends: bool) -> None:
+        end = torch.full((2,), ends)
+        learner.update(Transitions(state, ACTIONS, torch.ones(2), state, end), candidates)
+
+    for ends in (True, False):
+        slow = [p.clone() for p in critic.target.parameters()]
+        value = critic.v(state).detach()
+        update(ends)
+        assert torch.equal(critic.v(state), value) == ends
+        fast = critic.network.parameters()
+        expected = [a + 0.25 * (b.detach() - a) for a, b in zip(slow, fast, strict=True)]
+        torch.testing.assert_close(list(critic.target.parameters()), expected)
+    inputs = torch.cat([state, ACTIONS], 1)  # nothing is standardised yet
+    torch.testing.assert_close(critic.q(state, ACTIONS), critic.target(inputs)[..., 0].amin(0))
+    assert not torch.allclose(critic.members(state, ACTIONS).amin(0), critic.q(state, ACTIONS))
+
+
 def prior_for(observation_size: int = 2, action_size: int = 1) -> ActionDiffusion:
     """Untrained: draws of it depend on nothing but noise, some of it beyond [-1, 1]."""
     network, generator = ActionNetwork(levels=3, width=16, blocks=1), generator_for(0, "prior")
