@@ -188,21 +188,23 @@ def test_policy_and_targets_move_on_every_second_step_only() -> None:
     assert not all(torch.equal(a, b) for a, b in zip(before[1], parameters(policy), strict=True))
 
 
-def one_step_data(rows: int = 300):
+def short_episodes(rows: int = 300):
+    """Of five steps each."""
     random = np.random.default_rng(0)
     s = random.uniform(-1, 1, (rows, 2)).astype(np.float32)
     a = random.uniform(-2, 2, (rows, 1)).astype(np.float32)
-    ends = np.ones(rows, dtype=bool)
-    arrays = dict(
-        observations=s, actions=a, rewards=-(a[:, 0] ** 2), terminals=ends, timeouts=~ends
-    )
+    ends, never = np.arange(rows) % 5 == 4, np.zeros(rows, dtype=bool)
+    rewards = -np.square(a[:, 0])
+    arrays = dict(observations=s, actions=a, rewards=rewards, terminals=ends, timeouts=never)
     return load_dataset(arrays, action_box=(-2.0, 2.0))
 
 
 def test_a_killed_run_ends_like_one_that_was_not(tmp_path, monkeypatch) -> None:
     often = (loop.train.__kwdefaults__ or {}) | dict(log_every=3, checkpoint_every=5)
     monkeypatch.setattr(loop.train, "__kwdefaults__", often)
-    settings, data = TD3BCSettings(steps=23, batch=16), one_step_data()
+    # rates at which whatever a checkpoint lacks is seen
+    settings = TD3BCSettings(steps=23, batch=16, polyak=0.3, learning_rate=1e-2)
+    data = short_episodes()
     seen = []
     whole = fit_td3_bc(
         tmp_path / "whole", data, settings, seed=4, watch=lambda *point: seen.append(point[:2])
