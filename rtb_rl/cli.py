@@ -29,13 +29,14 @@ usage: rtb-rl COMMAND ...
   list                  programs, benchmarks, recipes for data and D4RL tasks
   run PROGRAM ...       run a program: one complete training job
   evaluate DIR ...      episodes with the policy of a finished run
+  export RUN ...        the policy of a finished run as one ONNX or torch.export file
   infill DIR ...        texts for a gap from a finished run of rtb_language
   collect RECIPE ...    make a data set with the behaviour policies in the package
   bench NAME ...        run a benchmark
 
 The options: rtb-rl run PROGRAM --help, rtb-rl evaluate --help, and so on.
 """
-COMMANDS = ("list", "run", "evaluate", "infill", "collect", "bench")
+COMMANDS = ("list", "run", "evaluate", "export", "infill", "collect", "bench")
 FOLDERS = {"run": "rtb_rl.agents", "bench": "rtb_rl.benchmarks"}
 HELP = ("-h", "--help")
 
@@ -124,6 +125,10 @@ def parse(arguments: Sequence[str]) -> Callable[[], None]:
             return show_names
         case "evaluate":
             return partial(evaluate, read_options(Evaluate, command, rest))
+        case "export":
+            from rtb_rl.rl.export_command import Export, export
+
+            return partial(export, read_options(Export, command, rest))
         case "infill":
             return partial(infill, read_options(Infill, command, rest))
         case "collect":
