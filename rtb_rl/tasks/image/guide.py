@@ -11,7 +11,6 @@ value smoothed by N(0, s^2 I), so the mean of the posterior's step is
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Generator, Tensor, nn
@@ -51,8 +50,8 @@ class ValueSettings:
 class Guide:
     """The value of noisy images, and the pull that it exerts on a step.
 
-    `network` sees m, the prediction of x_0 from m one level further down by the prior, and what
-    `encode` makes of the condition. log h = `log_bound` + log sigmoid of what
+    `network` sees m, the prediction of x_0 from m one level further down by the prior, which has no
+    conditions, and what `encode` makes of the condition. log h = `log_bound` + log sigmoid of what
     it returns, so that exp(log_bound) should be the largest r^beta.
     """
 
@@ -71,15 +70,14 @@ class Guide:
     def logit(self, mean: Tensor, level: Tensor, condition: Condition) -> Tensor:
         """Of h / exp(log_bound): [batch].
 
-        Where the prior knows nothing of it the condition may have several rows an image,
-        neighbours of one image: [batch * times].
+        The condition may have several rows an image, neighbours of one image: [batch * times].
         """
         labels, channels = UNetInputs() if self.encode is None else self.encode(condition)
         if channels is not None:
             times = len(channels) // len(mean)
             mean, level = (rows.repeat_interleave(times, 0) for rows in (mean, level))
         with torch.set_grad_enabled(mean.requires_grad):
-            below = self.prior(mean, (level - 1).clamp(min=1), condition)
+            below = self.prior(mean, (level - 1).clamp(min=1), None)
         last = (level == 1).reshape(-1, *(1,) * (mean.ndim - 1))
         clean = torch.where(last, mean, below)  # a step to level 0 ends in the image itself
         seen = [mean, clean, *([] if channels is None else [channels.to(mean.dtype)])]
@@ -115,30 +113,6 @@ class GuidedDenoiser(nn.Module):
         return x0 + moved / diffusion.weight_x0[level].to(x0)
 
 
-class Rewarded(Protocol):
-    """`n` draws of the prior, a condition or several for each, and log r of those: x0
-    [n, *event], condition and log r of [n * times] rows.
-    """
-
-    def __call__(self, n: int, *, generator: Generator) -> tuple[Tensor, Condition, Tensor]: ...
-
-
-@dataclass(frozen=True)
-class RewardedDraws:
-    """Draws [count, *event] of a prior without conditions, each paired with `times` of the task."""
-
-    task: Task
-    draws: Tensor
-    times: int
-
-    def __call__(self, n: int, *, generator: Generator) -> tuple[Tensor, Condition, Tensor]:
-        index = torch.randint(len(self.draws), (n,), generator=generator, device=generator.device)
-        condition, _ = self.task.draw_conditions(n * self.times, generator=generator)
-        x0 = self.draws[index]
-        each = x0.repeat_interleave(self.times, 0)
-        return x0, condition, score(self.task, each, condition)[0]
-
-
 class ValueTrainer:
     """Fits a guide's network to r^beta of draws of the prior, seen through noise.
 
@@ -150,14 +124,15 @@ class ValueTrainer:
 
     def __init__(
         self,
+        task: Task,
         guide: Guide,
-        rewarded: Rewarded,
+        draws: Tensor,
         beta: float,
         settings: ValueSettings,
         *,
         generator: Generator,
     ):
-        self.guide, self.rewarded, self.beta = guide, rewarded, beta
+        self.task, self.guide, self.draws, self.beta = task, guide, draws, beta
         self.settings, self.generator = settings, generator
         self.average = Average(guide.network, settings.average_decay)
         self.optimiser = torch.optim.AdamW(
@@ -168,12 +143,11 @@ class ValueTrainer:
         """One gradient step."""
         settings, diffusion = self.settings, self.guide.diffusion
         self.optimiser.param_groups[0]["lr"] = cosine(settings.learning_rate, step, settings.steps)
-        x0, condition, log_reward = self.rewarded(settings.batch, generator=self.generator)
-        share = (self.beta * log_reward - self.guide.log_bound).exp().clamp(max=1)
+        x0, condition, share = self._rewarded(settings.batch)
         level = random_level(len(x0), diffusion.levels, generator=self.generator)
         x = diffusion.corrupt(x0, level, generator=self.generator)
         with torch.no_grad():
-            mean = diffusion.kernel(self.guide.prior(x, level, condition), x, level).mean
+            mean = diffusion.kernel(self.guide.prior(x, level, None), x, level).mean
         logit = self.guide.logit(mean, level, condition)
         loss = functional.binary_cross_entropy_with_logits(logit, share)
         self.optimiser.zero_grad(set_to_none=True)
@@ -181,6 +155,17 @@ class ValueTrainer:
         self.optimiser.step()
         self.average.update(self.guide.network)
         return {"value/loss": loss.detach()}
+
+    def _rewarded(self, n: int) -> tuple[Tensor, Condition, Tensor]:
+        """Draws of the prior, conditions of each, and r^beta of these over its bound, at most 1."""
+        generator = self.generator
+        times = 1 if self.guide.encode is None else self.settings.conditions
+        index = torch.randint(len(self.draws), (n,), generator=generator, device=generator.device)
+        condition, _ = self.task.draw_conditions(n * times, generator=generator)
+        x0 = self.draws[index]
+        each = x0.repeat_interleave(times, 0)
+        log_reward = self.beta * score(self.task, each, condition)[0]
+        return x0, condition, (log_reward - self.guide.log_bound).exp().clamp(max=1)
 
     @property
     def parts(self) -> dict[str, Stateful]:

@@ -15,14 +15,7 @@ from rtb_rl.core import conditions, log_weight, rollout_against
 from rtb_rl.errors import InputError
 from rtb_rl.nn.value import ConvValue
 from rtb_rl.tasks.image.follow import Follower, FollowSettings, gaussian
-from rtb_rl.tasks.image.guide import (
-    Guide,
-    GuidedDenoiser,
-    Rewarded,
-    RewardedDraws,
-    ValueSettings,
-    ValueTrainer,
-)
+from rtb_rl.tasks.image.guide import Guide, GuidedDenoiser, ValueSettings, ValueTrainer
 from rtb_rl.tasks.image.prior import prior_draws
 from rtb_rl.tasks.image.target import ImageTarget
 from rtb_rl.training.calls import NetworkCalls
@@ -91,47 +84,21 @@ def fit_start(
     """
     if settings is None:
         return {}
+    trained = [p for p in task.posterior.parameters() if p.requires_grad]
     draws = prior_draws(
         directory / "draws", prior, settings.value.draws, seed=seed, purpose="start"
     )
     drawn = json.loads((directory / "draws" / "results.json").read_text())
-    guide = new_guide(task, draws, settings.value, beta, encode=target.encode, seed=seed)
-    times = 1 if target.encode is None else settings.value.conditions
-    rewarded = RewardedDraws(task, draws, times)
-    told = follow_guide(directory, task, guide, rewarded, settings, beta, networks, seed)
-    calls = len(draws) * prior.diffusion.levels
-    return {
-        **told,
-        "seconds": drawn["seconds"] + told["seconds"],
-        "network_calls": calls + told["network_calls"],
-    }
-
-
-def follow_guide(
-    directory: Path,
-    task: Task,
-    guide: Guide,
-    rewarded: Rewarded,
-    settings: StartSettings,
-    beta: float,
-    networks: set[nn.Module],
-    seed: int,
-) -> dict[str, Any]:
-    """Fit the guide and let `task.posterior` follow it, in stages value/ and follow/.
-
-    Returns strength, ELBOs, seconds and calls of `networks`; the posterior's parameters are left as
-    trainable as they were.
-    """
-    trained = [p for p in task.posterior.parameters() if p.requires_grad]
     config = {"task": task.name, "beta": beta, "settings": asdict(settings), "seed": seed}
-    device = gaussian(task).signal.device
-    generator = generator_for(seed, "value", device=device)
-    valuing = ValueTrainer(guide, rewarded, beta, settings.value, generator=generator)
+
+    guide = new_guide(task, draws, settings.value, beta, encode=target.encode, seed=seed)
+    generator = generator_for(seed, "value", device=draws.device)
+    valuing = ValueTrainer(task, guide, draws, beta, settings.value, generator=generator)
     run = Run(directory / "value", config)
     value = _fit(run, guide.network, valuing, settings.value.steps, networks)
 
     guided = GuidedDenoiser(guide)
-    generator = generator_for(seed, "follow", device=device)
+    generator = generator_for(seed, "follow", device=draws.device)
     follower = Follower(task, guided, settings.follow, generator=generator)
 
     def choose() -> dict[str, Any]:
@@ -146,11 +113,12 @@ def follow_guide(
     follow = _fit(run, task.posterior, follower, settings.follow.steps, counted, choose)
     for parameter in trained:
         parameter.requires_grad_(True)
+    calls = len(draws) * prior.diffusion.levels
     return {
         "strength": follow["strength"],
         "elbos": follow["elbos"],
-        "seconds": value["seconds"] + follow["seconds"],
-        "network_calls": value["network_calls"] + follow["network_calls"],
+        "seconds": drawn["seconds"] + value["seconds"] + follow["seconds"],
+        "network_calls": calls + value["network_calls"] + follow["network_calls"],
     }
 
 

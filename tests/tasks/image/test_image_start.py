@@ -19,13 +19,7 @@ from rtb_rl.errors import InputError
 from rtb_rl.nn.value import ConvValue
 from rtb_rl.tasks.image import start as starts
 from rtb_rl.tasks.image.follow import Follower, FollowSettings, _Seen
-from rtb_rl.tasks.image.guide import (
-    Guide,
-    GuidedDenoiser,
-    RewardedDraws,
-    ValueSettings,
-    ValueTrainer,
-)
+from rtb_rl.tasks.image.guide import Guide, GuidedDenoiser, ValueSettings, ValueTrainer
 from rtb_rl.tasks.image.posterior import fit_posterior, posterior_task
 from rtb_rl.tasks.image.start import StartSettings, elbo_of_strengths, new_guide
 from rtb_rl.training import Task
@@ -144,8 +138,7 @@ def test_the_value_learned_from_draws_is_the_exact_one():
     guide = Guide(DIFFUSION, task.prior, network)
     draws = torch.randn(20_000, 1, 1, 1, dtype=torch.float64, generator=seeded(2))
     settings = ValueSettings(steps=500, batch=256, learning_rate=3e-3)
-    rewarded = RewardedDraws(task, draws, 1)
-    trainer = ValueTrainer(guide, rewarded, 1.0, settings, generator=seeded(3))
+    trainer = ValueTrainer(task, guide, draws, 1.0, settings, generator=seeded(3))
     for step in range(settings.steps):
         trainer.update(step)
     guide.network = trainer.average.module
