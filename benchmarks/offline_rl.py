@@ -7,7 +7,8 @@ The grid is a TOML file (rtb_rl/sweep/grid.py says what stands in it) and is che
 any cell starts. A cell is a program with one task and one seed, in DIR/cells/TASK/AGENT/seedSEED;
 cells share what they have in common through DIR/stages. The same command continues a directory:
 finished cells are skipped, unfinished ones go on from their checkpoints, failed ones are run again
-with --retry. Leaves rows.jsonl, failures.jsonl, grid.json and the runs in DIR.
+with --retry. To run a finished cell again, remove its directory and its row. Leaves rows.jsonl,
+failures.jsonl, grid.json and the runs in DIR.
 
 On a Ray cluster every node must see DIR, the data files and the package under the same paths: cells
 write into DIR wherever they run.

@@ -1,6 +1,5 @@
 """A cell of a grid: one program on one task with one seed, in a directory of its own."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,11 +50,6 @@ class Cell:
     def command(self, root: Path) -> list[str]:
         """What starts it."""
         return [*launcher(self.program), *self.options(root)]
-
-    def results(self, root: Path) -> dict[str, Any] | None:
-        """Its results.json, None where it is not finished."""
-        path = root / self.path / "results.json"
-        return json.loads(path.read_text()) if path.exists() else None
 
     def is_finished(self, root: Path) -> bool:
         """Whether its program wrote its results, which is the last that it does."""

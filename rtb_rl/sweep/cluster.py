@@ -38,7 +38,6 @@ PASSED_ON = (
     "MINARI_DATASETS_PATH",
     "MUJOCO_GL",
 )
-GONE = "the cluster does not answer"
 
 
 @dataclass(frozen=True)
@@ -52,17 +51,17 @@ class Job:
 
     def run(self) -> Outcome:
         """Run the command to its end, after any process that is at work on this cell."""
-        while (attempt := self._begin()) is None:
-            time.sleep(HELD)
+        attempt = None
+        while attempt is None:
+            attempt = begin(
+                self.directory, self.command, variables=self.variables, working=self.working
+            )
+            time.sleep(0.0 if attempt else HELD)
         if isinstance(attempt, Outcome):
             return attempt
         while (outcome := attempt.poll()) is None:
             time.sleep(POLL)
         return outcome
-
-    def _begin(self):
-        options: dict[str, Any] = {"variables": self.variables, "working": self.working}
-        return begin(self.directory, self.command, **options)
 
 
 def run_on_cluster(
@@ -80,6 +79,8 @@ def run_on_cluster(
     runs and raise KeyboardInterrupt. InputError without Ray or a cluster, also where it goes away:
     the directory can then be continued.
     """
+    if not cells:
+        return
     if importlib.util.find_spec("ray") is None:
         raise InputError("there is no ray; pip install 'rtb-rl[benchmarks]', or leave --executor")
     variables = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
@@ -167,25 +168,42 @@ def drive(
         results.send((None, str(error).splitlines()[0]))
         return
     task = ray.remote(num_cpus=1, max_retries=-1)(Job.run)
-    numbers = {task.remote(job): number for number, job in enumerate(jobs)}
-    head, silent = ray.get_runtime_context().gcs_address, 0
-    while numbers and os.getppid() == parent:
-        done, _ = ray.wait(list(numbers), timeout=LOOK)
-        for reference in done:
-            results.send((numbers.pop(reference), _outcome(ray, reference)))
-        silent = 0 if done or _answers(head) else silent + 1
-        if silent == SILENCE:
-            results.send((None, GONE))
-            os._exit(1)  # a shutdown would wait for the cluster
+    lost = _collect(ray, {task.remote(job): n for n, job in enumerate(jobs)}, results, parent)
+    if lost is not None:
+        results.send((None, lost))
+        os._exit(1)  # a shutdown would wait for the cluster
     ray.shutdown()
 
 
+def _collect(ray: Any, left: dict[Any, int], results: Connection, parent: int) -> str | None:
+    """Send the outcome of each task as it comes; what is wrong where the cluster is gone."""
+    head, silent = ray.get_runtime_context().gcs_address, 0
+    while left and os.getppid() == parent:
+        done, _ = ray.wait(list(left), timeout=LOOK)
+        for reference in done:
+            try:
+                outcome = _outcome(ray, reference)
+            except ray.exceptions.RayError as error:
+                return f"{type(error).__name__}: {_last(error)}"
+            results.send((left.pop(reference), outcome))
+        silent = 0 if done or _answers(head) else silent + 1
+        if silent == SILENCE:
+            return "it does not answer any more"
+    return None
+
+
 def _outcome(ray: Any, reference: Any) -> Outcome:
+    """Of a task that is done; what Ray could not keep alive is raised, and no failure of a cell."""
     try:
         return ray.get(reference)
-    except ray.exceptions.RayError as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        return Outcome(f"Ray: {lines[-1] if lines else type(error).__name__}", 1)
+    except ray.exceptions.RayTaskError as error:
+        return Outcome(f"on its worker: {_last(error)}", 1)
+
+
+def _last(error: Exception) -> str:
+    """The last line of a message that has some text."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 def _answers(address: str) -> bool:

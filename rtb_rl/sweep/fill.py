@@ -1,9 +1,11 @@
 """Fill a grid's directory: what is finished gets its row, what is not is run."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from rtb_rl.errors import InputError
 from rtb_rl.sweep.attempt import Outcome
 from rtb_rl.sweep.board import Board
 from rtb_rl.sweep.cells import Cell
@@ -17,16 +19,17 @@ def fill(cells: Sequence[Cell], root: Path, execute: Executor, *, workers: int, 
     """Run the cells that are not finished; how many have failed, now or before.
 
     Every finished cell has one line of rows.jsonl afterwards, every failed one of failures.jsonl.
-    Cells that failed before are run again with `retry` only. The caller holds the lock of `root`.
+    A cell with a line is finished, even where its directory was removed. Cells that failed before
+    are run again with `retry` only. The caller holds the lock of `root`.
     """
     rows, failures = Rows(root), Failures(root)
-    finished = [cell for cell in cells if cell.is_finished(root)]
-    missing = [cell for cell in finished if cell.key not in rows.rows]
+    missing = [c for c in cells if c.key not in rows.rows and c.is_finished(root)]
     for cell in missing:
-        rows.add(cell)
+        _keep(rows, failures, cell, Outcome())
+    finished = [cell for cell in cells if cell.key in rows.rows]
     for cell in finished:
         failures.remove(cell)
-    left = [cell for cell in cells if not cell.is_finished(root)]
+    left = [cell for cell in cells if cell not in finished]
     failed = [cell for cell in left if cell.key in failures.records and not retry]
     todo = [cell for cell in left if cell not in failed]
     done = len(finished)
@@ -41,12 +44,20 @@ def fill(cells: Sequence[Cell], root: Path, execute: Executor, *, workers: int, 
 
 
 def _ended(board: Board, rows: Rows, failures: Failures, cell: Cell, outcome: Outcome) -> None:
+    board.ended(cell, _keep(rows, failures, cell, outcome))
+
+
+def _keep(rows: Rows, failures: Failures, cell: Cell, outcome: Outcome) -> Outcome:
+    """Write the row or the failure of a cell that ended; results without a row are a failure."""
     if outcome.error is None:
-        rows.add(cell, peak_memory_bytes=outcome.peak_memory_bytes)
-        failures.remove(cell)
-    else:
-        failures.add(cell, outcome)
-    board.ended(cell, outcome)
+        try:
+            rows.add(cell, peak_memory_bytes=outcome.peak_memory_bytes)
+            failures.remove(cell)
+            return outcome
+        except InputError as error:
+            outcome = replace(outcome, error=str(error))
+    failures.add(cell, outcome)
+    return outcome
 
 
 def _before(done: int, missing: int, failed: int) -> str | None:

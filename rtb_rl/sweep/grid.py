@@ -108,6 +108,11 @@ def _checked(content: Mapping[str, Any]) -> Grid:
     tasks = content.get("tasks", {})
     if not tasks:
         raise InputError("tasks is empty; name data sets as [tasks.NAME] with dataset = ...")
+    for name in (*agents, *tasks):
+        if not NAME.fullmatch(name):
+            raise InputError(
+                f"{name!r} can't name a directory; take letters, digits and . _ + - only"
+            )
     for name, task in tasks.items():
         _check_task(name, task)
     of_agents = content.get("agents_settings", {})
@@ -115,22 +120,16 @@ def _checked(content: Mapping[str, Any]) -> Grid:
     for name, table in of_agents.items():
         if not isinstance(table, dict):
             raise InputError(f"agents_settings.{name} is {table!r}; it must be a table of options")
-    settings = content.get("settings", {})
-    grid = Grid(tuple(agents), tuple(seeds), _underscored(settings), {}, {})
     return Grid(
-        grid.agents,
-        grid.seeds,
-        grid.settings,
+        tuple(agents),
+        tuple(seeds),
+        _underscored(content.get("settings", {})),
         {name: _underscored(task) for name, task in tasks.items()},
         {name: _underscored(table) for name, table in of_agents.items()},
     )
 
 
 def _check_task(name: str, task: Any) -> None:
-    if not NAME.fullmatch(name):
-        raise InputError(
-            f"task {name!r} can't name a directory; take letters, digits and . _ + - only"
-        )
     dataset = task.get("dataset") if isinstance(task, dict) else None
     if not dataset or not (
         isinstance(dataset, str)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +117,33 @@ def test_nothing_is_started_where_the_grid_or_the_data_are_bad(make_grid, tmp_pa
     assert not (tmp_path / "out" / "grid.json").exists()
     with pytest.raises(InputError, match="--workers is 0"):
         run(grid, tmp_path / "out", workers=0)
+
+
+def test_results_that_give_no_row_are_a_failure_of_their_cell(make_grid, tmp_path):
+    grid, out = make_grid(seeds=[0, 1]), tmp_path / "out"
+    results = out / "cells" / "a" / COUNTING / "seed0" / "results.json"
+    results.parent.mkdir(parents=True)
+    results.write_text("{}")
+    for retry in (False, True):
+        with pytest.raises(SystemExit, match="1 of 2 cells failed"):
+            run(grid, out, retry=retry)
+        assert [row["seed"] for row in rows_of(out)] == [1]
+        assert "no finished run of offline RL" in failures_of(out)[0]["error"]
+    shutil.rmtree(results.parent)
+    run(grid, out, retry=True)
+    assert [row["seed"] for row in rows_of(out)] == [1, 0] and failures_of(out) == []
+
+
+def test_a_row_stands_for_its_cell_where_the_run_was_removed(make_grid, tmp_path):
+    grid, out = make_grid(seeds=[0, 1]), tmp_path / "out"
+    run(grid, out)
+    text = (out / "rows.jsonl").read_bytes()
+    shutil.rmtree(out / "cells")
+    run(grid, out)
+    assert (out / "rows.jsonl").read_bytes() == text and not (out / "cells").exists()
+    (out / "rows.jsonl").write_bytes(text.splitlines(keepends=True)[0])
+    run(grid, out)
+    assert len(rows_of(out)) == 2 and len([*(out / "cells").rglob("results.json")]) == 1
 
 
 def test_two_runners_in_one_directory_are_refused(make_grid, tmp_path):

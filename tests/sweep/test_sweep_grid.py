@@ -53,6 +53,7 @@ BAD = {
     "empty mixture": (GOOD.replace('"one.hdf5"', "[]"), "task one has dataset \\[\\]"),
     "a path for a name": (GOOD.replace("tasks.one", 'tasks."../one"'), "can't name a directory"),
     "no program": (f'{GOOD}program = ""\n', "the program is ''; name one, such as rtb_iql"),
+    "a path for an agent": (PLAIN.replace('"iql"', '"../iql"'), "'../iql' can't name a directory"),
     "agent left out": (GOOD.replace("settings.iql", "settings.bc"), "no agent of the grid: 'bc'"),
 }
 
