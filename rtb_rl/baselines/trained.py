@@ -10,6 +10,7 @@ from rtb_rl.baselines.surrogates import ClippedDdpo, Ddpo, Dpok, Surrogate, publ
 from rtb_rl.baselines.trainer import BaselineSettings
 from rtb_rl.core import GaussianDiffusion
 from rtb_rl.errors import InputError
+from rtb_rl.training.settings import FinetuneSettings
 from rtb_rl.training.task import Task
 
 Learning = Callable[[GaussianDiffusion], Surrogate] | None
@@ -25,6 +26,25 @@ def trained_methods() -> Mapping[str, Learning]:
         "DPOK, published weights": published_dpok,
         "adjoint matching": None,
     }
+
+
+def baseline_settings(
+    finetune: FinetuneSettings, levels: int, *, beta: float, conditions: int, paths: int
+) -> BaselineSettings:
+    """Settings of a baseline that are a posterior's; `levels` are those of the diffusion."""
+    learned = finetune.levels_per_path
+    return BaselineSettings(
+        updates=finetune.updates,
+        beta=beta,
+        conditions=conditions,
+        paths=paths,
+        draw_batch=finetune.draw_batch,
+        levels_per_path=learned and min(learned, levels),
+        chunk=finetune.chunk,
+        learning_rate=finetune.learning_rate,
+        last_learning_rate=finetune.last_learning_rate,
+        average_decay=finetune.average_decay,
+    )
 
 
 def make_learner(

@@ -6,8 +6,12 @@ from dataclasses import dataclass, field
 from accelerate import Accelerator
 from torch import Generator
 
-from rtb_rl.baselines.trained import Learning, make_learner, trained_methods
-from rtb_rl.baselines.trainer import BaselineSettings
+from rtb_rl.baselines.trained import (
+    Learning,
+    baseline_settings,
+    make_learner,
+    trained_methods,
+)
 from rtb_rl.core import huber, linex, rtb, square
 from rtb_rl.core.objective import Penalty
 from rtb_rl.tasks.image.start import StartSettings
@@ -108,17 +112,12 @@ class Baseline:
     ) -> Trainer:
         tuned = settings.finetune
         paths = PATHS if target.is_conditional else tuned.conditions
-        levels = tuned.levels_per_path
-        chosen = BaselineSettings(
-            updates=tuned.updates,
+        chosen = baseline_settings(
+            tuned,
+            task.diffusion.levels,
             beta=tuned.beta,
             conditions=max(1, tuned.conditions // paths),
             paths=paths,
-            levels_per_path=levels and min(levels, task.diffusion.levels),
-            chunk=tuned.chunk,
-            learning_rate=tuned.learning_rate,
-            last_learning_rate=tuned.last_learning_rate,
-            average_decay=tuned.average_decay,
         )
         return make_learner(self.learning, task, chosen, generator=generator)
 

@@ -1,12 +1,12 @@
 """Rewards by what is written on a command line."""
 
-import importlib
-from typing import Any, cast
+from typing import cast
 
 from rtb_rl.errors import InputError
 from rtb_rl.tasks.language.metrics import words
 from rtb_rl.tasks.language.rewards import Contains, TextReward, WordCount
 from rtb_rl.tasks.language.settings import TextSettings
+from rtb_rl.training.plugins import reward_made_by
 
 
 def named_reward(settings: TextSettings) -> TextReward | None:
@@ -27,7 +27,7 @@ def named_reward(settings: TextSettings) -> TextReward | None:
     if name == "words" and argument.replace(".", "", 1).isdecimal():
         return WordCount(float(argument))
     if "." in name and argument:
-        return _imported(name, argument)
+        return cast(TextReward, reward_made_by(name, argument))
     raise InputError(
         f"there is no reward {settings.reward!r}; give story, contains:WORD,WORD, words:NUMBER or"
         " PACKAGE.MODULE:FACTORY"
@@ -41,13 +41,3 @@ def _one_word(part: str) -> str:
             f"{part!r} is not one word, so no text contains it; give contains:WORD,WORD"
         )
     return found[0]
-
-
-def _imported(module: str, factory: str) -> TextReward:
-    try:
-        made: Any = getattr(importlib.import_module(module), factory)()
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"the reward {module}:{factory} can't be imported ({error})") from error
-    if not callable(made):
-        raise InputError(f"{module}:{factory}() returned {type(made).__name__}, not a function")
-    return cast(TextReward, made)

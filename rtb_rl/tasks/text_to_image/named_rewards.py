@@ -1,6 +1,5 @@
 """Rewards by what is written on a command line."""
 
-import importlib
 import importlib.util
 import os
 import sys
@@ -15,6 +14,7 @@ from rtb_rl.tasks.text_to_image.colours import ColourScore
 from rtb_rl.tasks.text_to_image.outlines import ShapeScore
 from rtb_rl.tasks.text_to_image.rewards import PromptReward, without_prompt
 from rtb_rl.tasks.text_to_image.shapes import ShapesReward, wanted
+from rtb_rl.training.plugins import reward_made_by
 
 STRENGTH = 4.0  # nats between an image of the cell that is asked for and one that has nothing of it
 
@@ -41,7 +41,7 @@ def named_reward(name: str) -> PromptReward:
     if kind in makers:
         return makers[kind](argument)
     if argument and _is_module(kind):
-        return _imported(kind, argument)
+        return cast(PromptReward, reward_made_by(kind, argument))
     raise InputError(
         f"there is no reward {name!r}; give one of {', '.join(makers)}, with what belongs to it"
         " behind a colon, or PACKAGE.MODULE:FACTORY"
@@ -68,13 +68,3 @@ def _is_module(name: str) -> bool:
         sys.path.append(os.getcwd())
     importlib.invalidate_caches()
     return "." in name or (name.isidentifier() and importlib.util.find_spec(name) is not None)
-
-
-def _imported(module: str, factory: str) -> PromptReward:
-    try:
-        made: Any = getattr(importlib.import_module(module), factory)()
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"the reward {module}:{factory} can't be imported ({error})") from error
-    if not callable(made):
-        raise InputError(f"{module}:{factory}() returned {type(made).__name__}, not a function")
-    return cast(PromptReward, made)

@@ -9,8 +9,12 @@ from torch import Generator
 
 from rtb_rl.adapters.lora import ATTENTION
 from rtb_rl.adapters.prompts import EncodedPrompts
-from rtb_rl.baselines.trained import Learning, make_learner, trained_methods
-from rtb_rl.baselines.trainer import BaselineSettings
+from rtb_rl.baselines.trained import (
+    Learning,
+    baseline_settings,
+    make_learner,
+    trained_methods,
+)
 from rtb_rl.core import linex, rtb, square
 from rtb_rl.tasks.text_to_image.target import PromptTarget
 from rtb_rl.training.finetune import Finetuner
@@ -133,18 +137,12 @@ class Baseline:
         tuned = settings.finetune
         paths = tuned.conditions * tuned.mix.total
         rows = min(tuned.conditions, len(target.prompts), paths // 2)
-        levels = tuned.levels_per_path
-        chosen = BaselineSettings(
-            updates=tuned.updates,
+        chosen = baseline_settings(
+            tuned,
+            task.diffusion.levels,
             beta=nominal_beta(settings, task.diffusion.event_shape),
             conditions=rows,
             paths=paths // rows,
-            draw_batch=tuned.draw_batch,
-            levels_per_path=levels and min(levels, task.diffusion.levels),
-            chunk=tuned.chunk,
-            learning_rate=tuned.learning_rate,
-            last_learning_rate=tuned.last_learning_rate,
-            average_decay=tuned.average_decay,
         )
         return make_learner(self.learning, task, chosen, generator=generator)
 
