@@ -16,6 +16,8 @@ import tyro
 from rtb_rl.errors import InputError
 from rtb_rl.rl import JobSettings, SoftCriticSettings, fit_soft_critic, open_job, state_panels
 
+ROWS = {"smoke": 1_000, "demo": 50_000, "full": None}
+
 
 @dataclass(frozen=True)
 class Settings(JobSettings):
@@ -29,6 +31,8 @@ class Settings(JobSettings):
     """Normalise the hidden layers of Q."""
     backup_actions: int = 16
     """Draws of the prior in each next state."""
+    rows: int | None = None
+    """Transitions of which draws are made; not given: as the budget says, all in full."""
 
 
 def main(settings: Settings) -> None:
@@ -40,6 +44,7 @@ def main(settings: Settings) -> None:
         lower_bound=settings.lower_bound,
         layer_norm=settings.layer_norm,
         candidates=settings.backup_actions,
+        rows=ROWS[settings.budget] if settings.rows is None else settings.rows,
     )
     tuning = Path(__file__).with_name("rtb_iql.toml")
     job = open_job(
