@@ -34,9 +34,9 @@ from rtb_rl.sweep.locks import grid_lock
 class Settings:
     """A grid of tasks, agents and seeds."""
 
-    grid: Path
-    """TOML file of tasks, agents, seeds and their options."""
-    out: Path
+    grid: Path | None = None
+    """TOML file of tasks, agents, seeds and their options; needed."""
+    out: Path = Path("runs/offline_rl")
     """Directory of rows, failures and runs; the same command continues what it finds there."""
     workers: int = 2
     """Cells at once, each of one thread; on a cluster its processors decide."""
@@ -44,12 +44,16 @@ class Settings:
     """Run the cells that failed before again."""
     executor: Literal["local", "ray"] = "local"
     """local: processes of this machine; ray: tasks of a Ray cluster (extra `benchmarks`)."""
+    fast: bool = False
+    """Without effect: the grid says how long its cells take, such as budget = "smoke"."""
     address: str | None = None
     """Of the Ray cluster, such as auto or HOST:PORT; local: a cluster on this machine."""
 
 
 def main(settings: Settings) -> None:
     """Check the grid, run what of it is not finished; status 1 where a cell has failed."""
+    if settings.grid is None:
+        raise InputError("no grid given; name a TOML file of tasks, agents and seeds with --grid")
     if settings.workers < 1:
         raise InputError(f"--workers is {settings.workers}; give 1 or more")
     grid, root = read_grid(settings.grid), settings.out.resolve()

@@ -14,7 +14,6 @@ from tiny_grids import COUNTING, TESTS, rows_of, write_episodes, write_grid
 from rtb_rl.errors import InputError
 
 cluster_utils = pytest.importorskip("ray.cluster_utils")
-pytestmark = pytest.mark.slow
 CELLS, SECONDS = 8, 90
 
 
@@ -100,6 +99,7 @@ def check_whole(out: Path) -> None:
     assert not (out / "failures.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_node_that_dies_loses_nothing_and_nothing_runs_twice(cluster, grid, tmp_path):
     out = tmp_path / "out"
     node = cluster.add_node(num_cpus=2)
@@ -111,6 +111,7 @@ def test_a_node_that_dies_loses_nothing_and_nothing_runs_twice(cluster, grid, tm
     assert max(begun(out)) == 2 and CELLS < sum(begun(out)) <= CELLS + 2
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_replaced(cluster, grid, tmp_path):
     out = tmp_path / "out"
     process = runner(grid, out, cluster.address)
@@ -123,6 +124,7 @@ def test_a_worker_that_dies_is_replaced(cluster, grid, tmp_path):
     assert sorted(begun(out)) == [1] * (CELLS - 1) + [2]
 
 
+@pytest.mark.slow
 def test_a_cluster_that_goes_away_is_one_error_and_the_grid_goes_on(cluster, grid, tmp_path):
     out = tmp_path / "out"
     process = runner(grid, out, cluster.address)
@@ -137,6 +139,7 @@ def test_a_cluster_that_goes_away_is_one_error_and_the_grid_goes_on(cluster, gri
     check_whole(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_cells_on_a_cluster_end_with_the_runner(number, cluster, grid, tmp_path):
     out = tmp_path / "out"

@@ -115,6 +115,8 @@ def test_nothing_is_started_where_the_grid_or_the_data_are_bad(make_grid, tmp_pa
         run(grid, tmp_path / "out")
     assert not (tmp_path / "out" / "cells").exists()
     assert not (tmp_path / "out" / "grid.json").exists()
+    with pytest.raises(InputError, match="no grid given"):
+        run(None, tmp_path / "out")
     with pytest.raises(InputError, match="--workers is 0"):
         run(grid, tmp_path / "out", workers=0)
 
