@@ -2,24 +2,24 @@
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
 from rich.console import Console
 
 from rtb_rl.rl import export as exporting
-from rtb_rl.rl.evaluation import Policy
 from rtb_rl.rl.export_tracing import Format
 from rtb_rl.training.seeding import generator_for
 from rtb_rl.training.table import print_table
 
 BATCHES = (1, 64)
-FEWEST_REPEATS, MOST_REPEATS, SECONDS = 5, 51, 2.0
+FEWEST_TURNS, MOST_TURNS, SECONDS = 5, 51, 4.0
 
 
 @dataclass(frozen=True)
@@ -58,33 +58,41 @@ def export(settings: Export) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    rows = {name: latencies(policy, done) for name, policy in done.policies.items()}
     columns = {f"batch {n}, ms": (f"batch_{n}", None) for n in BATCHES}
-    print_table("time of an action, one thread, median", columns, rows, width=100)
+    print_table("time of an action, one thread, median", columns, latencies(done), width=100)
 
 
-def latencies(policy: Policy, done: exporting.Export) -> dict[str, float]:
-    """Milliseconds of `act`, noise included, at each of the batch sizes."""
-    generator, found = generator_for(0, "latency"), {}
+def latencies(done: exporting.Export) -> dict[str, dict[str, float]]:
+    """Milliseconds of `act`, noise included, for each way of running it at each batch size.
+
+    They take turns, so that what else the machine does strikes all alike.
+    """
+    found: dict[str, dict[str, float]] = {name: {} for name in done.policies}
+    generator = generator_for(0, "latency")
     with one_thread():
         for rows in BATCHES:
             given = exporting.random_observations(done.module, rows, generator)
-            policy.act(given, generator=generator)
-            found[f"batch_{rows}"] = statistics.median(
-                _times(lambda given=given: policy.act(given, generator=generator))
-            )
+            calls = {
+                name: partial(policy.act, given, generator=generator)
+                for name, policy in done.policies.items()
+            }
+            for name, seconds in _medians(calls).items():
+                found[name][f"batch_{rows}"] = 1000 * seconds
     return found
 
 
-def _times(call) -> list[float]:
-    times: list[float] = []
-    while len(times) < FEWEST_REPEATS or (
-        len(times) < MOST_REPEATS and sum(times) < 1000 * SECONDS
-    ):
-        start = time.perf_counter()
-        call()
-        times.append(1000 * (time.perf_counter() - start))
-    return times
+def _medians(calls: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+    """Seconds; the first call of each, which may be slower, is left out."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    begun = time.perf_counter()
+    for turn in range(MOST_TURNS + 1):
+        if turn > FEWEST_TURNS and time.perf_counter() - begun > SECONDS:
+            break
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
 @contextmanager

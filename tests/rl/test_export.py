@@ -335,9 +335,8 @@ def test_a_missing_extra_is_named(missing, finished, files, monkeypatch):
 
 
 def test_the_command_writes_checks_and_times(finished, tmp_path, capsys):
-    out = tmp_path / "policy.pt2"
-    arguments = ["export", str(finished), "--method", "iql", "--format", "torch", "--out", str(out)]
-    assert cli.main(arguments) == 0
+    assert cli.main(["export", str(finished), "--method", "iql", "--format", "torch"]) == 0
+    out = finished / "iql.pt2"
     printed = capsys.readouterr().out
     assert str(out) in printed and "iql for Pendulum-v1" in printed
     for row in ("batch 64, ms", "Python", "torch.export program"):
