@@ -22,6 +22,8 @@ from rtb_rl.rl.task import critic_log_reward
 Draw = Callable[[Tensor, int, Generator], Tensor]
 """Observations [rows, d_o], a count n and a generator -> actions [rows, n, d_a] in [-1, 1]."""
 
+STATES = 8  # drawn in at once: the best of 16 among 1,000 draws are 128,000 rows
+
 
 @dataclass(frozen=True)
 class Extraction:
@@ -46,18 +48,28 @@ def measure_extraction(
     generator: Generator,
 ) -> Extraction:
     """Of a policy against a prior, at observations [rows, d_o], `draws` of each in each state."""
-    actions = draw(observations, draws, generator)
-    others = prior(observations, draws, generator)
-    each = conditions.repeat(observations, draws)
-    value = critic_log_reward(critic)(actions.flatten(0, 1), each).reshape(len(actions), -1)
-    kl = nearest_neighbour_kl(actions, others)
+    parts = [
+        _of_states(draw, prior, critic, states, draws, generator)
+        for states in observations.split(STATES)
+    ]
+    value, kl = (torch.cat(each) for each in zip(*parts, strict=True))
     root = math.sqrt(len(observations))
     return Extraction(
         float(value.mean()),
-        float(value.mean(1).std() / root),
+        float(value.std() / root),
         float(kl.mean()),
         float(kl.std() / root),
     )
+
+
+def _of_states(
+    draw: Draw, prior: Draw, critic: Critic, states: Tensor, draws: int, generator: Generator
+) -> tuple[Tensor, Tensor]:
+    """Mean log r and the divergence in each of some states."""
+    actions, others = draw(states, draws, generator), prior(states, draws, generator)
+    each = conditions.repeat(states, draws)
+    value = critic_log_reward(critic)(actions.flatten(0, 1), each).reshape(len(states), draws)
+    return value.mean(1), nearest_neighbour_kl(actions, others)
 
 
 def nearest_neighbour_kl(x: Tensor, y: Tensor, neighbours: int = 1) -> Tensor:
