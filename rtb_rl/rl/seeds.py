@@ -6,8 +6,7 @@ others are trained together; one that was interrupted resumes.
 
 What it saves is the work between the matrix products. On CPU cores the products are most of it:
 five seeds take 4.3 to 5.1 times as long as one for priors and critics (3.8 to 3.9 with two
-threads), and 5.3 times for posteriors, whose batches are large already. Two processes of one thread
-each are faster there.
+threads), and 5.3 times for posteriors, whose batches are large already.
 """
 
 from collections.abc import Sequence
