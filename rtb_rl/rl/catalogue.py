@@ -21,6 +21,10 @@ SERVERS = (
 )
 """Where the files are: a mirror that keeps all of them in one folder, and D4RL's own server."""
 
+OGBENCH = "ogbench:"
+"""What names of OGBench's data sets and environments begin with (arXiv 2410.20092): it has an
+antmaze of its own. Gymnasium reads such an id as one to be found by importing `ogbench`."""
+
 
 @dataclass(frozen=True)
 class D4RLEnvironment:
@@ -214,6 +218,12 @@ def environment_of(name: str) -> D4RLEnvironment | None:
             return task.environment
     key = longest_prefix(name, ENVIRONMENTS)
     return None if key is None else ENVIRONMENTS[key]
+
+
+def task_of_stem(stem: str) -> str:
+    """The D4RL task whose file has this stem, `hopper-medium-v2` of `hopper_medium-v2`; else it."""
+    names = (t.name for t in D4RL_TASKS.values() if stem == PurePosixPath(t.path).stem)
+    return next(names, stem)
 
 
 def episode_limit(env_id: str | None) -> int | None:

@@ -4,7 +4,8 @@ An environment id is a Gymnasium id (`Hopper-v5`, `AdroitHandDoor-v1`, ...), tak
 dict observations, which become one vector (`flat_keys`). Or it is D4RL's own name of an ant,
 antmaze or kitchen task (`ant-medium-v2`, `antmaze-umaze`, `kitchen-partial-v0`): no Gymnasium id
 reproduces those, so their frame, physics and observation are restored here after arXiv 2004.07219
-and its code release; see `D4RLAnt`, `D4RLAntMaze` and `D4RLKitchen`.
+and its code release; see `D4RLAnt`, `D4RLAntMaze` and `D4RLKitchen`. Or, with `ogbench:` in front,
+a single task of OGBench, whose return is its success: see `ogbench_environment`.
 """
 
 import contextlib
@@ -20,6 +21,8 @@ import numpy as np
 from gymnasium import spaces
 
 from rtb_rl.errors import InputError
+from rtb_rl.rl.catalogue import OGBENCH
+from rtb_rl.rl.ogbench_environment import make_ogbench_environment
 
 ROBOTICS = re.compile(r"(AntMaze|PointMaze|AdroitHand|FrankaKitchen|Fetch|HandReach|HandManip)")
 D4RL_ANTMAZE = re.compile(r"antmaze-(umaze|medium|large)(-diverse|-play)?(-v[012])?")
@@ -52,6 +55,8 @@ def make_environment(env_id: str, *, render_mode: str | None = None) -> gymnasiu
     Raises InputError for an unknown id (the nearest ones are named), for a missing extra
     `robotics`, and for observations or actions that are not vectors of floats.
     """
+    if env_id.startswith(OGBENCH):
+        return make_ogbench_environment(env_id, render_mode)
     if match := D4RL_ANTMAZE.fullmatch(env_id):
         env_name, layout = ANTMAZE_MAPS[match[1]]
         maze_map = [[{"#": 1, ".": 0}.get(c, c.lower()) for c in row] for row in layout.split()]

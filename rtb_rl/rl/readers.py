@@ -1,10 +1,10 @@
-"""`load_dataset`: D4RL files and task names, npz, Minari data sets, dictionaries of arrays."""
+"""`load_dataset`: D4RL and OGBench files and task names, npz, Minari data sets, arrays."""
 
 import re
 import zipfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +20,21 @@ from rtb_rl.rl import download
 from rtb_rl.rl.catalogue import (
     D4RL_TASKS,
     ENVIRONMENTS,
+    OGBENCH,
     environment_of,
     episode_limit,
     find_task,
 )
 from rtb_rl.rl.dataset import TransitionDataset, arrays_sha256
 from rtb_rl.rl.environments import flat_keys, make_environment
+from rtb_rl.rl.ogbench_data import KEYS as OGBENCH_KEYS
+from rtb_rl.rl.ogbench_data import is_ogbench, ogbench_id, read_arrays, read_task, task_of_file
+from rtb_rl.rl.recording import Recording
 from rtb_rl.rl.rows import FINAL, KEYS, OTHER_NAMES
 
 Source = str | Path | Mapping[str, Any]
 UNIT_BOX = (-1.0, 1.0)
 WANTED = (*KEYS, *OTHER_NAMES, "next_observations", FINAL)
-
-
-@dataclass(frozen=True, eq=False)
-class Recording:
-    """What was found: the arrays as recorded, and what the source says of their environment."""
-
-    arrays: dict[str, Any]
-    name: str
-    source: str
-    sha256: str
-    env_id: str | None = None
-    reference: tuple[float, float] | None = None
-    action_box: tuple[Any, Any] | None = None
-    notes: tuple[str, ...] = ()
 
 
 def load_dataset(
@@ -56,32 +46,36 @@ def load_dataset(
 ) -> TransitionDataset:
     """The data set that `source` names.
 
-    A D4RL task name (downloaded once), an .hdf5, .h5 or .npz file or a mapping of arrays under the
-    flat D4RL keys, a Minari id or the directory of a Minari data set.
+    A D4RL task name, or `ogbench:` and the name of a single task (both downloaded once); an .hdf5,
+    .h5 or .npz file or a mapping of arrays under the flat D4RL keys, an .npz file in OGBench's
+    layout (`env_id`: its task); a Minari id or the directory of a Minari data set.
     `env_id` is the environment to evaluate in; when not given, that of the file's attributes or of
     Minari's specification, or the one that the name stands for. `action_box` (low, high) likewise:
     Minari's, else the environment's. Actions outside it are refused unless `clip_actions`; those of
-    D4RL task names are clipped, as D4RL's environments clip them. Dictionary observations become
-    vectors by `environments.flat_keys`, otherwise in the order of gymnasium.spaces.flatten.
+    D4RL task names and of OGBench are clipped, as their environments clip them. Dictionary
+    observations become vectors by `environments.flat_keys`, otherwise in the order of
+    gymnasium.spaces.flatten.
     """
+    env_id = ogbench_id(env_id)
     label = "the arrays" if isinstance(source, Mapping) else str(source)
     try:
         recording = _read(source, env_id)
         by_name = environment_of(recording.name)
         env_id = env_id or recording.env_id or (by_name.env_id if by_name else None)
         differs = (by_name.note,) if by_name and by_name.note and by_name.env_id == env_id else ()
-        return TransitionDataset.from_arrays(
+        dataset = TransitionDataset.from_arrays(
             recording.arrays,
             name=recording.name,
             env_id=env_id,
             action_box=action_box or recording.action_box or _environment_box(env_id),
-            clip_actions=clip_actions or recording.source == "d4rl",
+            clip_actions=clip_actions or recording.source in {"d4rl", "ogbench"},
             reference=recording.reference,
             horizon=episode_limit(env_id),
             source=recording.source,
             sha256=recording.sha256,
             notes=recording.notes + differs,
         )
+        return dataset if recording.log is None else replace(dataset, log=recording.log)
     except InputError as error:
         raise InputError(f"{label}: {error}") from None
 
@@ -95,7 +89,9 @@ def _read(source: Source, env_id: str | None) -> Recording:
     if path.is_dir():
         return _minari_directory(path, env_id)
     if path.exists():
-        return _read_file(path)
+        return _read_file(path, env_id)
+    if name.startswith(OGBENCH):
+        return read_task(name, env_id)
     if path.suffix in READERS or isinstance(source, Path):
         raise InputError(f"no such file; give the path of one of type {', '.join(READERS)}")
     local = (get_dataset_path(name) / "data").exists()
@@ -108,8 +104,8 @@ def _read(source: Source, env_id: str | None) -> Recording:
         raise InputError(f"in {file}: {error}; delete it to download it again") from None
 
 
-def _read_file(path: Path) -> Recording:
-    """The recording in an .hdf5, .h5 or .npz file under the flat D4RL keys.
+def _read_file(path: Path, env_id: str | None = None) -> Recording:
+    """The recording in an .hdf5, .h5 or .npz file under the flat D4RL keys, or in OGBench's layout.
 
     Attributes `env_id` or `env`, `ref_min_score` and `ref_max_score` of an HDF5 file are used.
     """
@@ -119,6 +115,8 @@ def _read_file(path: Path) -> Recording:
     if not path.stat().st_size:
         raise InputError("the file is empty (0 bytes); get it again")
     arrays, attributes = READERS[path.suffix](path)
+    if is_ogbench(arrays):
+        return read_arrays(arrays, task_of_file(path.stem, env_id), env_id)
     recorded_id = str(attributes.get("env_id", attributes.get("env", "")))
     return Recording(
         arrays=arrays,
@@ -149,7 +147,7 @@ def _read_hdf5(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def _read_npz(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {key: file[key] for key in WANTED if key in file}, {}
+            return {key: file[key] for key in (*WANTED, *OGBENCH_KEYS) if key in file}, {}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(
             f"this isn't a whole npz file of numbers ({error}); save it again"
