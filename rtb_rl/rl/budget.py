@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from rtb_rl.errors import InputError
+from rtb_rl.rl.catalogue import OGBENCH, longest_prefix
 from rtb_rl.rl.critic_training import CriticSettings, GaussianSettings
 from rtb_rl.rl.posterior import PosteriorSettings
 from rtb_rl.training.pretrain import PretrainSettings
@@ -38,14 +39,32 @@ class Tuning:
     """What is set per data set; `default` serves the others."""
 
     beta: float = 3.0
-    """Inverse temperature, in nats per unit of the critic (returns scaled to a range of 1000)."""
+    """Inverse temperature, in nats per unit of the critic: of the rewards it is trained on, see
+    `critic_training.scaled_for_critic`."""
     expectile: float = 0.7
+    discount: float = 0.99
+    temperature: float = 3.0
+    """Of the Gaussian policy that IQL extracts; its inverse temperature, like beta."""
+    published_scaling: bool = False
+    """Scale rewards by the factor that published code computes: published temperatures go with it
+    (`scores.published_return_scale`)."""
+    episodes: int | None = None
+    """Episodes of every evaluated method in the budget `full`; None: the budget's own."""
 
 
 def budget_for(name: BudgetName, tuning: Tuning) -> Budget:
     """`full`: about 20 minutes on two cores; `demo`: a few; `smoke`: every stage in seconds."""
     budget = {"smoke": _smoke, "demo": _demo, "full": Budget}[name]()
-    budget = replace(budget, critic=replace(budget.critic, expectile=tuning.expectile))
+    critic = replace(
+        budget.critic,
+        expectile=tuning.expectile,
+        discount=tuning.discount,
+        published_scaling=tuning.published_scaling,
+    )
+    gaussian = replace(budget.gaussian, temperature=tuning.temperature)
+    budget = replace(budget, critic=critic, gaussian=gaussian)
+    if name == "full" and tuning.episodes is not None:
+        budget = replace(budget, episodes=tuning.episodes)
     return budget.with_beta(tuning.beta)
 
 
@@ -72,9 +91,16 @@ def _smoke() -> Budget:
 
 
 def read_tuning(path: Path, dataset: str) -> Tuning:
-    """The table of a data set in a TOML file, or its table `default`.
+    """What a TOML file sets for a data set; see `find_tuning`."""
+    return find_tuning(path, dataset)[1]
 
-    Raises InputError for keys that are no settings, in any table.
+
+def find_tuning(path: Path, dataset: str) -> tuple[str, Tuning]:
+    """Name and content of the table of a data set in a TOML file, or of its table `default`.
+
+    A table has the whole name of a data set. For a task of OGBench it may be a part: the longest
+    that the name begins with, up to a dash. Raises InputError for keys that are no settings, in any
+    table.
     """
     known = {f.name for f in fields(Tuning)}
     tables = tomllib.loads(path.read_text())
@@ -84,4 +110,8 @@ def read_tuning(path: Path, dataset: str) -> Tuning:
                 f"{path.name}, table [{name}]: unknown {', '.join(unknown)}; known are"
                 f" {', '.join(sorted(known))}"
             )
-    return Tuning(**tables.get(dataset, tables.get("default", {})))
+    found = dataset if dataset in tables else None
+    if found is None and dataset.startswith(OGBENCH):
+        found = longest_prefix(dataset, tables)
+    found = found or "default"
+    return found, Tuning(**tables.get(found, {}))

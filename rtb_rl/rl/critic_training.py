@@ -13,7 +13,12 @@ from rtb_rl.rl.gaussian_policy import (
     MeanActionPolicy,
 )
 from rtb_rl.rl.iql import IQL
-from rtb_rl.rl.scores import antmaze_rewards, published_return_scale, return_scale
+from rtb_rl.rl.scores import (
+    antmaze_rewards,
+    critic_rewards,
+    published_return_scale,
+    return_scale,
+)
 from rtb_rl.training.loop import train
 from rtb_rl.training.run import Run
 from rtb_rl.training.seeding import GeneratorState, generator_for
@@ -52,10 +57,14 @@ def scaled_for_critic(
 ) -> tuple[TransitionDataset, str]:
     """The data set with the rewards a critic is trained on, and the change in words.
 
-    Antmaze: reward - 1. Everything else: times 1000 / (largest - least return).
+    Antmaze: reward - 1. Kitchen, hand tasks and OGBench: as recorded. Everything else: times
+    1000 / (largest - least return). See `scores.critic_rewards`.
     """
-    if dataset.name.startswith("antmaze"):
+    treatment = critic_rewards(dataset.name)
+    if treatment == "minus one":
         return dataset.with_rewards(antmaze_rewards(dataset.rewards)), "reward - 1"
+    if treatment == "recorded":
+        return dataset, "reward as recorded"
     published = settings.published_scaling
     factor = published_return_scale(dataset) if published else return_scale(dataset)
     words = f"reward * {factor:.6g} ({'as published' if published else 'by whole episodes'})"

@@ -9,12 +9,14 @@ from typing import Any
 from rich.console import Console
 
 from rtb_rl.errors import InputError
-from rtb_rl.rl.budget import Budget, budget_for, read_tuning
+from rtb_rl.rl.budget import Budget, Tuning, budget_for, find_tuning
+from rtb_rl.rl.catalogue import D4RL_TASKS, OGBENCH, task_of_stem
 from rtb_rl.rl.collect import collect
 from rtb_rl.rl.critic import check_critic, load_critic
 from rtb_rl.rl.dataset import TransitionDataset, check_spaces, data_facts
 from rtb_rl.rl.environments import make_environment
 from rtb_rl.rl.job import Job, JobSettings
+from rtb_rl.rl.ogbench_data import task_of_file
 from rtb_rl.rl.readers import load_dataset
 from rtb_rl.rl.strength import check_share
 from rtb_rl.rl.summary import summarise
@@ -36,7 +38,7 @@ def open_job(
     `own`: settings of the program beside the budget's, which its run is tied to as well. Raises
     InputError for data, environment, critic or directory that don't fit.
     """
-    tuning = read_tuning(tuning_file, _tuning_key(settings))
+    tuning = _tuning(settings, tuning_file)
     budget = budget_for(settings.budget, tuning)
     if settings.beta is not None:
         budget = budget.with_beta(settings.beta)
@@ -66,8 +68,26 @@ def open_job(
     return Job(settings, dataset, budget, run)
 
 
+def _tuning(settings: JobSettings, path: Path) -> Tuning:
+    """What the file sets for the data set; says so where a task of a catalogue has no table."""
+    key = _tuning_key(settings)
+    table, tuning = find_tuning(path, key)
+    if table == "default" and (key in D4RL_TASKS or key.startswith(OGBENCH)):
+        Console().print(
+            f"settings: {path.name} has no table for {key}, so its [default]: beta"
+            f" {tuning.beta:g}, expectile {tuning.expectile:g}, discount {tuning.discount:g}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+    return tuning
+
+
 def _tuning_key(settings: JobSettings) -> str:
-    return EMBEDDED if settings.dataset is None else Path(settings.dataset).stem
+    if settings.dataset is None:
+        return EMBEDDED
+    stem = Path(settings.dataset).stem
+    return task_of_stem(task_of_file(stem, settings.env_id))
 
 
 def _source(settings: JobSettings, budget: Budget) -> str:

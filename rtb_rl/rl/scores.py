@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rtb_rl.errors import InputError
-from rtb_rl.rl.catalogue import longest_prefix
+from rtb_rl.rl.catalogue import OGBENCH, environment_of, longest_prefix
 
 Returns = TypeVar("Returns", float, np.ndarray, Tensor)
 
@@ -147,6 +147,21 @@ def published_return_scale(dataset: Recorded, window: int = 1000) -> float:
             returns.append(total)
             total, length = 0.0, 0
     return _scale_to_thousand(np.array(returns), f"windows of at most {window} rows")
+
+
+def critic_rewards(name: str) -> Literal["scaled", "minus one", "recorded"]:
+    """What is done to the rewards of a data set of this name before a critic is trained on them.
+
+    As implicit Q-learning (arXiv 2110.06169) and its published code do: antmaze pays -1 a step
+    until the goal, kitchen and hand tasks stay as they were recorded, locomotion is scaled by the
+    spread of returns, and so is what no catalogue knows. OGBench's tasks pay -1 a step as they are.
+    """
+    environment = environment_of(name)
+    env_id = environment.env_id if environment else ""
+    if name.startswith("antmaze") or env_id.startswith("antmaze"):
+        return "minus one"
+    recorded = name.startswith(OGBENCH) or env_id.startswith(("kitchen", "AdroitHand"))
+    return "recorded" if recorded else "scaled"
 
 
 def antmaze_rewards(rewards: Tensor) -> Tensor:
