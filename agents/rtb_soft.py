@@ -55,7 +55,12 @@ def main(settings: Settings) -> None:
         own={"soft_critic": asdict(own)},
     )
     budget, seed = job.budget, settings.seed
-    own = replace(own, beta=budget.posterior.finetune.beta, steps=budget.critic.steps)
+    own = replace(
+        own,
+        beta=budget.posterior.finetune.beta,
+        steps=budget.critic.steps,
+        discount=budget.critic.discount,
+    )
     prior = job.prior()
     critic = job.stage(
         "soft_critic",

@@ -36,8 +36,8 @@ class JobSettings:
     """What all offline-RL programs ask for."""
 
     dataset: str | None = None
-    """D4RL task, Minari id, or .hdf5 / .npz file; not given: made with the behaviour policies that
-    come with the package."""
+    """D4RL task, ogbench: and a single task, Minari id, or .hdf5 / .npz file; not given: made with
+    the behaviour policies that come with the package."""
     env_id: str | None = None
     """Gymnasium environment to evaluate in; found from the data set where it says so."""
     out: Path = Path("runs/latest")

@@ -12,7 +12,7 @@ import numpy as np
 
 from rtb_rl.errors import InputError
 from rtb_rl.rl import TransitionDataset, load_dataset, make_environment
-from rtb_rl.rl.catalogue import D4RL_TASKS
+from rtb_rl.rl.catalogue import D4RL_TASKS, OGBENCH
 from rtb_rl.rl.dataset import check_spaces
 from rtb_rl.sweep.grid import Grid
 
@@ -54,11 +54,13 @@ def check_data(grid: Grid, paths: Mapping[str, str]) -> dict[str, str]:
 
 
 def origin_of(dataset: str) -> str:
-    """Where data come from, by what --dataset was given: d4rl, minari, local or file."""
+    """Where data come from, by what --dataset was given: d4rl, ogbench, minari, local or file."""
     if Path(dataset).suffix in {".hdf5", ".h5", ".npz"} or Path(dataset).exists():
         return "file"
     if dataset in D4RL_TASKS:
         return "d4rl"
+    if dataset.startswith(OGBENCH):
+        return "ogbench"
     return "local" if dataset.startswith("local/") else "minari"
 
 
