@@ -8,19 +8,13 @@ samples: V = log Z / beta. `softmax_value` is in-support softmax Q-learning (arX
 ensemble is read as a lower bound: its minimum, or mean - rho std (arXiv 2502.04778).
 """
 
-import copy
 import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Generator, Tensor, nn
-
 from rtb_rl.errors import InputError
-from rtb_rl.nn import EnsembleMLP
-from rtb_rl.rl.critic import ObservationScaler
 from rtb_rl.rl.critic_training import CriticSettings, scaled_for_critic
 from rtb_rl.rl.dataset import TransitionDataset, data_facts
 from rtb_rl.rl.fitted import fitted_config
@@ -31,8 +25,8 @@ from rtb_rl.rl.prior_actions import (
     forget_own_actions,
     own_actions,
 )
-from rtb_rl.rl.soft_backup import BACKUPS, Bound, least, mean_minus_std
-from rtb_rl.rl.soft_q_learning import SoftQLearning
+from rtb_rl.rl.soft_backup import BACKUPS, least, mean_minus_std
+from rtb_rl.rl.soft_q_learning import SoftCritic, SoftQLearning
 from rtb_rl.training.loop import train
 from rtb_rl.training.run import Run
 from rtb_rl.training.seeding import GeneratorState, generator_for
@@ -81,62 +75,6 @@ class SoftCriticSettings:
             )
         if self.lower_bound is not None and not 0 <= self.lower_bound < math.inf:
             raise InputError(f"lower_bound={self.lower_bound}, needed at least 0, or None for min")
-
-
-class SoftCritic(nn.Module):
-    """An ensemble of Q with a slow copy, read through a lower bound, and a network of V.
-
-    Observations [batch, observation size] as the data set holds them, actions [batch, action size]
-    in [-1, 1]; values [batch] in units of the rewards trained on.
-    """
-
-    def __init__(
-        self,
-        observation_size: int,
-        action_size: int,
-        *,
-        bound: Bound = least,
-        members: int = 2,
-        width: int = 256,
-        depth: int = 2,
-        layer_norm: bool = False,
-        generator: Generator,
-    ):
-        super().__init__()
-        self.bound = bound
-        self.scaler = ObservationScaler(observation_size, device=generator.device)
-        self.network = EnsembleMLP(
-            observation_size + action_size,
-            1,
-            members=members,
-            width=width,
-            depth=depth,
-            layer_norm=layer_norm,
-            generator=generator,
-        )
-        self.target = copy.deepcopy(self.network).requires_grad_(False)
-        self.v_network = EnsembleMLP(
-            observation_size, 1, members=1, width=width, depth=depth, generator=generator
-        )
-
-    def members(self, observation: Tensor, action: Tensor) -> Tensor:
-        """Q of the networks in training, [members, batch]."""
-        return self.network(self._inputs(observation, action)).squeeze(-1)
-
-    def q(self, observation: Tensor, action: Tensor) -> Tensor:
-        """The lower bound of the slow copies, [batch]."""
-        return self.bound(self.target(self._inputs(observation, action)).squeeze(-1))
-
-    def v(self, observation: Tensor) -> Tensor:
-        """The value that the backup gives the state, [batch].
-
-        With `soft_value` of the same beta it is log Z(s) / beta, so that log r = Q - V has a log
-        Z(s) near 0.
-        """
-        return self.v_network(self.scaler(observation)).flatten()
-
-    def _inputs(self, observation: Tensor, action: Tensor) -> Tensor:
-        return torch.cat([self.scaler(observation), action], dim=1)
 
 
 def fit_soft_critic(

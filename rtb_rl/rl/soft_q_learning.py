@@ -1,16 +1,74 @@
-"""Q-learning whose backup looks at draws of the behaviour prior: the trainer of a `SoftCritic`."""
+"""Q-learning whose backup looks at draws of the behaviour prior: a `SoftCritic` and its trainer."""
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor, nn
 
-from rtb_rl.rl.soft_backup import Backup
+from rtb_rl.nn import EnsembleMLP
+from rtb_rl.rl.critic import ObservationScaler
+from rtb_rl.rl.soft_backup import Backup, Bound, least
 from rtb_rl.rl.twin_q import bootstrapped, follow
 
 if TYPE_CHECKING:
     from rtb_rl.rl.dataset import Transitions
-    from rtb_rl.rl.soft_critic import SoftCritic
+
+
+class SoftCritic(nn.Module):
+    """An ensemble of Q with a slow copy, read through a lower bound, and a network of V.
+
+    Observations [batch, observation size] as the data set holds them, actions [batch, action size]
+    in [-1, 1]; values [batch] in units of the rewards trained on.
+    """
+
+    def __init__(
+        self,
+        observation_size: int,
+        action_size: int,
+        *,
+        bound: Bound = least,
+        members: int = 2,
+        width: int = 256,
+        depth: int = 2,
+        layer_norm: bool = False,
+        generator: Generator,
+    ):
+        super().__init__()
+        self.bound = bound
+        self.scaler = ObservationScaler(observation_size, device=generator.device)
+        self.network = EnsembleMLP(
+            observation_size + action_size,
+            1,
+            members=members,
+            width=width,
+            depth=depth,
+            layer_norm=layer_norm,
+            generator=generator,
+        )
+        self.target = copy.deepcopy(self.network).requires_grad_(False)
+        self.v_network = EnsembleMLP(
+            observation_size, 1, members=1, width=width, depth=depth, generator=generator
+        )
+
+    def members(self, observation: Tensor, action: Tensor) -> Tensor:
+        """Q of the networks in training, [members, batch]."""
+        return self.network(self._inputs(observation, action)).squeeze(-1)
+
+    def q(self, observation: Tensor, action: Tensor) -> Tensor:
+        """The lower bound of the slow copies, [batch]."""
+        return self.bound(self.target(self._inputs(observation, action)).squeeze(-1))
+
+    def v(self, observation: Tensor) -> Tensor:
+        """The value that the backup gives the state, [batch].
+
+        With `soft_value` of the same beta it is log Z(s) / beta, so that log r = Q - V has a log
+        Z(s) near 0.
+        """
+        return self.v_network(self.scaler(observation)).flatten()
+
+    def _inputs(self, observation: Tensor, action: Tensor) -> Tensor:
+        return torch.cat([self.scaler(observation), action], dim=1)
 
 
 class SoftQLearning:
@@ -22,7 +80,7 @@ class SoftQLearning:
 
     def __init__(
         self,
-        critic: "SoftCritic",
+        critic: SoftCritic,
         *,
         backup: Backup,
         discount: float = 0.99,
