@@ -156,7 +156,7 @@ def drive(
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    import ray
+    import ray  # pyright: ignore[reportMissingImports]
 
     own = {"num_cpus": workers, "include_dashboard": False} if address == "local" else {}
     if ":" in address and not _answers(address):  # Ray itself would try for minutes
