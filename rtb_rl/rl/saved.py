@@ -13,6 +13,7 @@ from rtb_rl.errors import InputError
 from rtb_rl.rl.amortised import AmortisedPolicy, amortised_model
 from rtb_rl.rl.critic import Critic, IQLCritic, load_critic
 from rtb_rl.rl.critic_training import CriticSettings, new_critic
+from rtb_rl.rl.d3rlpy_peer import load_d3rlpy
 from rtb_rl.rl.diffusion_q import load_diffusion_q
 from rtb_rl.rl.energy_guidance import load_energy_guidance
 from rtb_rl.rl.evaluation import Policy
@@ -107,6 +108,8 @@ LOADERS: dict[str, Loader] = {
     "qgpo": _qgpo,
     "dql": lambda root, config, critic: load_diffusion_q(root / "dql"),
     "td3_bc": lambda root, config, critic: load_td3_bc(root / "td3_bc"),
+    "d3rlpy_iql": lambda root, config, critic: load_d3rlpy(root / "d3rlpy"),
+    "d3rlpy_cql": lambda root, config, critic: load_d3rlpy(root / "d3rlpy"),
 }
 """Method -> its policy from the directory of a run, the run's configuration, and the critic where
 it was given as a Python object."""
