@@ -3,7 +3,7 @@
 rtb-rl run dql --dataset hopper-medium-replay.hdf5 --out runs/hopper-dql
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import tyro
@@ -45,8 +45,15 @@ def main(settings: Settings) -> None:
         tuning_file=Path(__file__).with_name("rtb_iql.toml"),
         own={"dql": asdict(chosen)},
     )
-    stage = job.out / "dql"
-    fit_diffusion_q(stage, job.dataset, chosen, seed=settings.seed, watch=job.curve(stage))
+    stage, critic = job.out / "dql", job.budget.critic
+    fit_diffusion_q(
+        stage,
+        job.dataset,
+        replace(chosen, discount=critic.discount),
+        critic_settings=critic,
+        seed=settings.seed,
+        watch=job.curve(stage),
+    )
     job.finish(["dql"], trained="dql")
 
 

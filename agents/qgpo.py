@@ -106,18 +106,26 @@ def softmax_critic(
     job: Job, prior: ActionDiffusion, energy: EnergyGuidanceSettings, draws: Path
 ) -> Critic:
     """QGPO's critic, from the draws that the energy is learnt from; the network is as IQL's."""
+    critic = job.budget.critic
     own = SoftCriticSettings(
         backup="softmax",
         beta=job.budget.posterior.finetune.beta,
         candidates=energy.candidates,
         rows=energy.rows,
-        steps=job.budget.critic.steps,
+        steps=critic.steps,
+        discount=critic.discount,
     )
     return job.stage(
         "soft_critic",
-        {"soft_critic": asdict(own), "prior": asdict(job.budget.prior)},
+        {"soft_critic": asdict(own), "critic": asdict(critic), "prior": fingerprint(prior)},
         lambda directory: fit_soft_critic(
-            directory, job.dataset, prior, own, seed=job.settings.seed, actions=draws
+            directory,
+            job.dataset,
+            prior,
+            own,
+            critic_settings=critic,
+            seed=job.settings.seed,
+            actions=draws,
         ),
     )
 

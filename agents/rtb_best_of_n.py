@@ -1,7 +1,9 @@
 """The posterior proposes N actions and the critic picks one: best of N on top of RTB.
 
-rtb-rl run rtb_best_of_n --dataset hopper-medium-replay.hdf5 --share runs/hopper --out
+rtb-rl run rtb_best_of_n --dataset hopper-medium-replay.hdf5 --stages runs/stages --out
 runs/hopper-rtb-bon
+
+Given the --stages of a run of rtb_iql it takes the posterior from there.
 """
 
 from dataclasses import dataclass, replace

@@ -15,6 +15,7 @@ import tyro
 
 from rtb_rl.errors import InputError
 from rtb_rl.rl import JobSettings, SoftCriticSettings, fit_soft_critic, open_job, state_panels
+from rtb_rl.training.stage import fingerprint
 
 ROWS = {"smoke": 1_000, "demo": 50_000, "full": None}
 
@@ -64,8 +65,10 @@ def main(settings: Settings) -> None:
     prior = job.prior()
     critic = job.stage(
         "soft_critic",
-        {"soft_critic": asdict(own), "prior": asdict(budget.prior)},
-        lambda directory: fit_soft_critic(directory, job.dataset, prior, own, seed=seed),
+        {"soft_critic": asdict(own), "critic": asdict(budget.critic), "prior": fingerprint(prior)},
+        lambda directory: fit_soft_critic(
+            directory, job.dataset, prior, own, critic_settings=budget.critic, seed=seed
+        ),
     )
     chosen = replace(job.posterior_settings(prior, critic), grouped_log_z=True)
     posterior = job.posterior(prior, critic, chosen)

@@ -3,7 +3,7 @@
 rtb-rl run td3_bc --dataset hopper-medium-replay.hdf5 --out runs/hopper-td3-bc
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import tyro
@@ -37,8 +37,15 @@ def main(settings: Settings) -> None:
         tuning_file=Path(__file__).with_name("rtb_iql.toml"),
         own={"td3_bc": asdict(chosen)},
     )
-    stage = job.out / "td3_bc"
-    fit_td3_bc(stage, job.dataset, chosen, seed=settings.seed, watch=job.curve(stage))
+    stage, critic = job.out / "td3_bc", job.budget.critic
+    fit_td3_bc(
+        stage,
+        job.dataset,
+        replace(chosen, discount=critic.discount),
+        critic_settings=critic,
+        seed=settings.seed,
+        watch=job.curve(stage),
+    )
     job.finish(["td3_bc"], trained="td3_bc")
 
 

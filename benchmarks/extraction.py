@@ -8,6 +8,7 @@ runs were evaluated with.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -78,15 +79,25 @@ def rows_of(run: Path, settings: Settings) -> list[dict[str, Any]]:
     return rows
 
 
-def check_one_critic(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each method once. InputError for rows of several critics, or of several data sets."""
-    for key, words in (("data_sha256", "data sets"), ("critic", "critics")):
-        found = {row[key]: row["run"] for row in rows}
+def check_one_critic(runs: Sequence[Path]) -> None:
+    """InputError for runs that are not finished, and for several data sets or critics."""
+    data: dict[str, str] = {}
+    critics: dict[str, str] = {}
+    for run in runs:
+        _finished(run)
+        config = json.loads((run / "config.json").read_text())
+        data[config["data_sha256"]] = str(run)
+        critics[fingerprint(load_run_critic(run))] = str(run)
+    for found, words in ((data, "data sets"), (critics, "critics")):
         if len(found) > 1:
             raise InputError(
                 f"the runs are of {len(found)} {words}: {', '.join(found.values())}; give runs that"
                 " share it, such as those made with the same --stages and seed"
             )
+
+
+def each_method_once(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows without methods that an earlier run holds too."""
     first: dict[str, dict[str, Any]] = {}
     for row in rows:
         first.setdefault(row["method"], row)
@@ -125,9 +136,8 @@ def main(settings: Settings) -> None:
     """Measure every method of the runs; write rows and table."""
     if not settings.runs:
         raise InputError("no runs given; name the --out directories of finished runs with --runs")
-    for run in settings.runs:
-        _finished(run)
-    rows = check_one_critic([row for run in settings.runs for row in rows_of(run, settings)])
+    check_one_critic(settings.runs)
+    rows = each_method_once([row for run in settings.runs for row in rows_of(run, settings)])
     settings.out.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (settings.out / "rows.jsonl").write_text(text)

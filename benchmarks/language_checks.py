@@ -16,21 +16,19 @@ from typing import Any
 
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import Tensor
 
 from rtb_rl.core import (
     FixedOrder,
     IndependentReveals,
     MaskedDiffusion,
     Sampler,
-    TokenLogits,
     linear_masking,
     rollout,
 )
 from rtb_rl.core.log_z import ScalarLogZ
 from rtb_rl.core.protocols import Condition
 from rtb_rl.errors import InputError
-from rtb_rl.nn.transformer import MaskedTransformer
 from rtb_rl.tasks.language.markov import random_chain
 from rtb_rl.tasks.language.markov_fit import (
     compare_with_truth,
@@ -40,6 +38,7 @@ from rtb_rl.tasks.language.markov_fit import (
 )
 from rtb_rl.tasks.language.markov_world import MarkovWorld, WorldSettings
 from rtb_rl.tasks.toy import token_task
+from rtb_rl.tasks.toy.transformer_posterior import TransformerPosterior
 from rtb_rl.training import (
     Finetuner,
     FinetuneSettings,
@@ -71,26 +70,6 @@ class Settings:
 
 def row(case: str, seed: int, value: float | Tensor, bound: float | None = None) -> Row:
     return {"case": case, "seed": seed, "value": float(value), "bound": bound}
-
-
-class TransformerPosterior(nn.Module):
-    """The prior's log-probabilities plus the logits of a transformer that starts at zero."""
-
-    def __init__(self, prior: nn.Module, diffusion: MaskedDiffusion):
-        super().__init__()
-        self.prior = prior
-        generator = generator_for(0, "exact posterior")
-        size = diffusion.mask + 2
-        self.network = TokenLogits(
-            MaskedTransformer(size, pad=size - 1, width=64, depth=2, generator=generator),
-            diffusion.mask,
-        )
-        self.scale = nn.Parameter(torch.zeros(()))
-        self.vocabulary = diffusion.mask
-
-    def forward(self, x: Tensor, level: Tensor, condition: None) -> Tensor:
-        logits = self.network(x, level, condition)[..., : self.vocabulary]
-        return (self.prior(x, level, condition) + self.scale * logits).log_softmax(-1)
 
 
 def exact_rows(settings: Settings) -> list[Row]:

@@ -59,6 +59,11 @@ class AmortisedSettings:
                 " leave it at 1"
             )
 
+    def strengths(self, n: int, *, generator: Generator) -> Tensor:
+        """n values of beta, their logarithms uniform over the range: [n]."""
+        share = torch.rand(n, generator=generator, device=generator.device)
+        return self.low * (self.high / self.low) ** share
+
 
 class StrengthBlind(nn.Module):
     """A denoiser whose condition ends in log beta, by one that knows nothing of it."""
@@ -177,9 +182,7 @@ def amortised_task(
 
     def draw(n: int, *, generator: Generator) -> tuple[Condition, Tensor | None]:
         batch = data.sample(n, generator=generator)
-        share = torch.rand(n, generator=generator, device=generator.device)
-        beta = settings.low * (settings.high / settings.low) ** share
-        strength = beta if only is None else only
+        strength = settings.strengths(n, generator=generator) if only is None else only
         return with_strength(batch.observations, strength), batch.actions
 
     blind = StrengthBlind(prior.denoiser)
@@ -208,8 +211,7 @@ def _some_conditions(data: TransitionDataset, settings: AmortisedSettings, seed:
     """All observations, each with a strength: what inputs are standardised by."""
     observations = data.observations
     generator = generator_for(seed, "strengths", device=observations.device)
-    share = torch.rand(len(observations), generator=generator, device=observations.device)
-    return with_strength(observations, settings.low * (settings.high / settings.low) ** share)
+    return with_strength(observations, settings.strengths(len(observations), generator=generator))
 
 
 def _diagnosed(

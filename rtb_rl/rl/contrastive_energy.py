@@ -1,12 +1,11 @@
 """Contrastive energy prediction (arXiv 2304.12824): which of M noised draws is of a good action."""
 
-from typing import Any
-
 import torch
 from torch import Generator, Tensor, nn
 
 from rtb_rl.core import GaussianDiffusion
 from rtb_rl.rl.prior_actions import PriorActions
+from rtb_rl.training.checkpoint import Stateful
 from rtb_rl.training.seeding import GeneratorState
 
 
@@ -65,17 +64,9 @@ class EnergyTrainer:
         entropy = -torch.special.xlogy(weight, weight).sum(1).mean()
         return {"qgpo/loss": loss.detach(), "qgpo/kl": loss.detach() - entropy}
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that changes, the generator included: what an exact resume needs."""
-        return {name: part.state_dict() for name, part in self._parts.items()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        for name, part in self._parts.items():
-            part.load_state_dict(state[name])
-
     @property
-    def _parts(self) -> dict[str, Any]:
+    def parts(self) -> dict[str, Stateful]:
+        """All that a checkpoint must hold."""
         return {
             "energy": self.energy,
             "optimiser": self.optimiser,

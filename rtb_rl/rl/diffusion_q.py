@@ -9,13 +9,15 @@ from torch import Generator, Tensor, nn
 
 from rtb_rl.core import Denoiser, GaussianDiffusion
 from rtb_rl.errors import InputError
+from rtb_rl.rl.bootstrap import bootstrapped
 from rtb_rl.rl.critic_training import CriticSettings, scaled_for_critic
 from rtb_rl.rl.curve import Watch, unwatched
 from rtb_rl.rl.dataset import TransitionDataset, Transitions, data_facts
 from rtb_rl.rl.diffusion_q_policy import DiffusionQPolicy, draw_actions
 from rtb_rl.rl.fitted import fitted_config
 from rtb_rl.rl.prior import ActionDiffusion, ActionNetwork
-from rtb_rl.rl.twin_q import TwinQ, bootstrapped
+from rtb_rl.rl.twin_q import TwinQ
+from rtb_rl.training.checkpoint import Stateful
 from rtb_rl.training.ema import Average
 from rtb_rl.training.loop import train
 from rtb_rl.training.pretrain import random_level
@@ -153,7 +155,7 @@ class DiffusionQ:
         optimiser.step()
 
     @property
-    def parts(self) -> dict[str, Any]:
+    def parts(self) -> dict[str, Stateful]:
         """All that a checkpoint must hold."""
         return {
             "denoiser": self.actor.denoiser,
@@ -170,22 +172,24 @@ def fit_diffusion_q(
     dataset: TransitionDataset,
     settings: DiffusionQSettings | None = None,
     *,
+    critic_settings: CriticSettings | None = None,
     seed: int = 0,
     watch: Watch = unwatched,
 ) -> DiffusionQPolicy:
-    """The policy of Diffusion-QL, trained with the rewards that every critic of this package gets.
+    """The policy of Diffusion-QL, trained with the rewards that a critic of `critic_settings` gets.
 
     Observations are standardised, a std below 1e-3 counting as 1e-3.
     """
     settings = settings or DiffusionQSettings()
-    run = Run(directory, {**data_facts(dataset), "dql": asdict(settings), "seed": seed})
+    scaled, words = scaled_for_critic(dataset, critic_settings or CriticSettings())
+    facts = {**data_facts(dataset), "rewards": words}
+    run = Run(directory, {**facts, "dql": asdict(settings), "seed": seed})
     device = device_for_training()
     sizes = dataset.observation_size, dataset.action_size
     model = _networks(*sizes, settings.network, seed=seed).to(device)
     box = dataset.action_low.to(device), dataset.action_high.to(device)
 
     def fit() -> dict[str, Any]:
-        scaled, words = scaled_for_critic(dataset, CriticSettings())
         data, generator = scaled.to(device), generator_for(seed, "dql", device=device)
         model.actor.denoiser.network.standardise(data.observations)  # type: ignore[operator]
         model.critic.scaler.fit(data.observations)

@@ -163,7 +163,7 @@ def _train(
     return train(
         run,
         trainer.update,
-        {"trainer": trainer},
+        trainer.parts,
         steps=steps,
         description="energy",
         observe=lambda done: watch(done, steps, policy),

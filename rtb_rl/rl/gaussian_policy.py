@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from rtb_rl.errors import InputError
 from rtb_rl.nn.ensemble import EnsembleMLP
+from rtb_rl.rl.action_box import to_box
 from rtb_rl.rl.critic import ObservationScaler, ValueCritic
 
 if TYPE_CHECKING:
@@ -70,15 +71,13 @@ class GaussianPolicy(nn.Module):
         noise = torch.randn(
             mean.shape, generator=generator, device=generator.device, dtype=mean.dtype
         )
-        return self._to_box((mean + noise.to(mean.device) * self.log_std.exp()).clamp(-1.0, 1.0))
+        action = (mean + noise.to(mean.device) * self.log_std.exp()).clamp(-1.0, 1.0)
+        return to_box(action, self.action_low, self.action_high)
 
     @torch.no_grad()
     def mean_action(self, observations: Tensor) -> Tensor:
         """The mean action per row, in environment units."""
-        return self._to_box(self.mean(observations))
-
-    def _to_box(self, action: Tensor) -> Tensor:
-        return self.action_low + 0.5 * (action + 1.0) * (self.action_high - self.action_low)
+        return to_box(self.mean(observations), self.action_low, self.action_high)
 
 
 class MeanActionPolicy:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rtb_rl.errors import InputError
+from rtb_rl.rl.bootstrap import bootstrapped, follow
 from rtb_rl.rl.critic import IQLCritic
 
 if TYPE_CHECKING:
@@ -58,14 +59,8 @@ class IQL:
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         self.optimiser.step()
-        self._move_target()
+        follow(self.target, self.critic.q_network, self.polyak)
         return metrics
-
-    @torch.no_grad()
-    def _move_target(self) -> None:
-        online = self.critic.q_network.parameters()
-        for target, parameter in zip(self.target.parameters(), online, strict=True):
-            target.lerp_(parameter, self.polyak)
 
     def _loss(self, batch: "Transitions") -> tuple[Tensor, dict[str, Tensor]]:
         critic = self.critic
@@ -73,8 +68,7 @@ class IQL:
         inputs = torch.cat([observation, batch.actions], dim=1)
         with torch.no_grad():
             target_q = self.target(inputs).squeeze(-1).amin(dim=0)
-            next_value = critic.v(batch.next_observations).masked_fill(batch.terminated, 0.0)
-            backup = batch.rewards + self.discount * next_value
+            backup = bootstrapped(batch, critic.v(batch.next_observations), self.discount)
         value = critic.v_network(observation).flatten()
         q = critic.q_network(inputs).squeeze(-1)
         advantage = target_q - value

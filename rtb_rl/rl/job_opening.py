@@ -45,7 +45,7 @@ def open_job(
     if settings.ess is not None:
         check_share(settings.ess, settings.beta)
     dataset = _dataset(settings, budget)
-    _check_environment(dataset)
+    check_environment(dataset)
     if settings.critic is not None:
         critic = load_critic(settings.critic, dataset)
         check_critic(critic, dataset.observation_size, dataset.action_size)
@@ -101,12 +101,12 @@ def _dataset(settings: JobSettings, budget: Budget) -> TransitionDataset:
     return load_dataset(source, env_id=settings.env_id, clip_actions=settings.clip_actions)
 
 
-def _check_environment(dataset: TransitionDataset) -> None:
+def check_environment(dataset: TransitionDataset) -> None:
+    """InputError for data without an environment, or of other spaces than it has."""
     if dataset.env_id is None:
         raise InputError(
-            f"data set {dataset.name!r} doesn't say which environment it was recorded in; give it "
-            f"with"
-            " --env-id, such as --env-id Hopper-v5"
+            f"data set {dataset.name!r} doesn't say which environment it was recorded in; give it"
+            " with --env-id, such as --env-id Hopper-v5 (env_id in a grid)"
         )
     env = make_environment(dataset.env_id)
     try:

@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from rtb_rl.errors import CheckpointError
+from rtb_rl.rl.action_box import to_box
 
 
 class ScriptedPolicy(nn.Module):
@@ -30,7 +31,7 @@ class ScriptedPolicy(nn.Module):
     def act(self, observations: Tensor, *, generator: Generator) -> Tensor:
         """One action a row, in the environment's units; nothing is drawn from `generator`."""
         actions = self.module(observations).clamp(-1, 1)
-        return self.action_low + (actions + 1) / 2 * (self.action_high - self.action_low)
+        return to_box(actions, self.action_low, self.action_high)
 
 
 def load_scripted_policy(

@@ -14,6 +14,7 @@ from torch import Generator, Tensor, nn
 
 from rtb_rl.nn.stacked import StackedEnsemble, blocks, check_alike
 from rtb_rl.nn.stacked_denoiser import stack_denoisers
+from rtb_rl.rl.bootstrap import bootstrapped, follow
 from rtb_rl.rl.critic import IQLCritic, ObservationScaler
 from rtb_rl.rl.critic_training import CriticSettings, new_iql
 from rtb_rl.rl.dataset import TransitionDataset, Transitions
@@ -123,10 +124,7 @@ class SeedIQL:
         self.inner.optimiser.zero_grad(set_to_none=True)
         losses.sum().backward()
         self.inner.optimiser.step()
-        with torch.no_grad():
-            online = self.critic.q_network.parameters()
-            for target, parameter in zip(self.inner.target.parameters(), online, strict=True):
-                target.lerp_(parameter, self.inner.polyak)
+        follow(self.inner.target, self.critic.q_network, self.inner.polyak)
         return {name: values.detach() for name, values in metrics.items()}
 
     def _draw(self) -> Transitions:
@@ -142,8 +140,7 @@ class SeedIQL:
         with torch.no_grad():
             target_q = inner.target(inputs).squeeze(-1).amin(dim=0)
             next_value = critic.v_network(critic.scaler(batch.next_observations)).flatten()
-            next_value = next_value.masked_fill(batch.terminated, 0.0)
-            backup = batch.rewards + inner.discount * next_value
+            backup = bootstrapped(batch, next_value, inner.discount)
         value = critic.v_network(observation).flatten()
         q = critic.q_network(inputs).squeeze(-1)
         advantage = blocks(target_q - value, count)

@@ -83,17 +83,21 @@ def fit_soft_critic(
     prior: ActionDiffusion,
     settings: SoftCriticSettings | None = None,
     *,
+    critic_settings: CriticSettings | None = None,
     seed: int = 0,
     actions: Path | None = None,
 ) -> SoftCritic:
-    """Q and V with a backup over draws of the prior, in units of the scaled rewards.
+    """Q and V with a backup over draws of the prior, in units of the rewards that a critic of
+    `critic_settings` gets.
 
     `actions`: directory where the draws are kept, shared with other stages of the same prior,
     candidates, rows and seed; None: with the stage's checkpoints, and removed when it is complete.
     """
     settings, directory = settings or SoftCriticSettings(), Path(directory)
+    scaled, words = scaled_for_critic(dataset, critic_settings or CriticSettings())
     config = {
         **data_facts(dataset),
+        "rewards": words,
         "soft_critic": asdict(settings),
         "prior": fingerprint(prior),
         "seed": seed,
@@ -103,7 +107,6 @@ def fit_soft_critic(
 
     def fit() -> dict[str, Any]:
         begun = time.monotonic()
-        scaled, words = scaled_for_critic(dataset, CriticSettings())
         draws = draw_prior_actions(
             actions or own_actions(directory),
             scaled,

@@ -7,9 +7,9 @@ import torch
 from torch import Generator, Tensor, nn
 
 from rtb_rl.nn import EnsembleMLP
+from rtb_rl.rl.bootstrap import bootstrapped, follow
 from rtb_rl.rl.critic import ObservationScaler
 from rtb_rl.rl.soft_backup import Backup, Bound, least
-from rtb_rl.rl.twin_q import bootstrapped, follow
 
 if TYPE_CHECKING:
     from rtb_rl.rl.dataset import Transitions

@@ -10,12 +10,15 @@ from torch import Generator, Tensor, nn
 
 from rtb_rl.errors import InputError
 from rtb_rl.nn.ensemble import EnsembleMLP
+from rtb_rl.rl.action_box import to_box
+from rtb_rl.rl.bootstrap import bootstrapped, follow
 from rtb_rl.rl.critic import ObservationScaler
 from rtb_rl.rl.critic_training import CriticSettings, scaled_for_critic
 from rtb_rl.rl.curve import Watch, unwatched
 from rtb_rl.rl.dataset import TransitionDataset, Transitions, data_facts
 from rtb_rl.rl.fitted import fitted_config
-from rtb_rl.rl.twin_q import TwinQ, bootstrapped, follow
+from rtb_rl.rl.twin_q import TwinQ
+from rtb_rl.training.checkpoint import Stateful
 from rtb_rl.training.loop import train
 from rtb_rl.training.run import Run
 from rtb_rl.training.seeding import GeneratorState, generator_for
@@ -80,8 +83,7 @@ class DeterministicPolicy(nn.Module):
     @torch.no_grad()
     def act(self, observations: Tensor, *, generator: Generator) -> Tensor:
         """One action a row, in the environment's units; nothing is drawn from `generator`."""
-        half_width = (self.action_high - self.action_low) / 2
-        return self.action_low + (self(observations) + 1) * half_width
+        return to_box(self(observations), self.action_low, self.action_high)
 
 
 def policy_loss(q: Tensor, action: Tensor, recorded: Tensor, alpha: float) -> Tensor:
@@ -152,17 +154,9 @@ class TD3BC:
         error = (action.detach() - batch.actions).square().mean()
         return {"td3_bc/policy_loss": loss.detach(), "td3_bc/squared_error": error}
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that changes, the generator included: what an exact resume needs."""
-        return {name: part.state_dict() for name, part in self._parts.items()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        for name, part in self._parts.items():
-            part.load_state_dict(state[name])
-
     @property
-    def _parts(self) -> dict[str, Any]:
+    def parts(self) -> dict[str, Stateful]:
+        """All that a checkpoint must hold."""
         return {
             "policy": self.policy,
             "target": self.target,
@@ -178,16 +172,19 @@ def fit_td3_bc(
     dataset: TransitionDataset,
     settings: TD3BCSettings | None = None,
     *,
+    critic_settings: CriticSettings | None = None,
     seed: int = 0,
     watch: Watch = unwatched,
 ) -> DeterministicPolicy:
-    """The policy of TD3+BC, trained with the rewards that every critic of this package gets.
+    """The policy of TD3+BC, trained with the rewards that a critic of `critic_settings` gets.
 
     Its loss does not depend on their scale. Observations are standardised, a std below 1e-3
     counting as 1e-3.
     """
     settings = settings or TD3BCSettings()
-    run = Run(directory, {**data_facts(dataset), "td3_bc": asdict(settings), "seed": seed})
+    scaled, words = scaled_for_critic(dataset, critic_settings or CriticSettings())
+    facts = {**data_facts(dataset), "rewards": words}
+    run = Run(directory, {**facts, "td3_bc": asdict(settings), "seed": seed})
     device = device_for_training()
     policy = DeterministicPolicy(
         dataset.observation_size,
@@ -197,7 +194,6 @@ def fit_td3_bc(
     ).to(device)
 
     def fit() -> dict[str, Any]:
-        scaled, words = scaled_for_critic(dataset, CriticSettings())
         data, generator = scaled.to(device), generator_for(seed, "td3_bc", device=device)
         critic = TwinQ(
             dataset.observation_size,
@@ -210,7 +206,7 @@ def fit_td3_bc(
         seconds = train(
             run,
             lambda step: trainer.update(step, data.sample(settings.batch, generator=generator)),
-            {"trainer": trainer},
+            trainer.parts,
             steps=settings.steps,
             description="td3_bc",
             observe=lambda done: watch(done, settings.steps, policy),

@@ -1,16 +1,13 @@
 """Q networks that regress on their own slow copy: the critic inside TD3+BC and Diffusion-QL."""
 
 import copy
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from rtb_rl.nn.ensemble import EnsembleMLP
+from rtb_rl.rl.bootstrap import follow
 from rtb_rl.rl.critic import ObservationScaler
-
-if TYPE_CHECKING:
-    from rtb_rl.rl.dataset import Transitions
 
 
 class TwinQ(nn.Module):
@@ -56,22 +53,6 @@ class TwinQ(nn.Module):
     def _inputs(self, observation: Tensor, action: Tensor) -> Tensor:
         return torch.cat([self.scaler(observation), action], dim=1)
 
-    @torch.no_grad()
     def follow(self, polyak: float) -> None:
         """target <- target + polyak (network - target)."""
         follow(self.target, self.network, polyak)
-
-
-@torch.no_grad()
-def follow(target: nn.Module, source: nn.Module, polyak: float) -> None:
-    """Move the parameters of `target` by the fraction `polyak` towards those of `source`."""
-    for slow, parameter in zip(target.parameters(), source.parameters(), strict=True):
-        slow.lerp_(parameter, polyak)
-
-
-def bootstrapped(batch: "Transitions", next_value: Tensor, discount: float) -> Tensor:
-    """reward + discount * next_value, the latter 0 after a terminal step and not after a cut one.
-
-    All [batch].
-    """
-    return batch.rewards + discount * next_value.masked_fill(batch.terminated, 0.0)

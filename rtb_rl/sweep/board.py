@@ -15,6 +15,7 @@ from rich.text import Text
 
 from rtb_rl.sweep.attempt import LOG, Outcome, last_line
 from rtb_rl.sweep.cells import Cell
+from rtb_rl.sweep.durations import duration
 
 WIDTH = 60
 
@@ -108,11 +109,3 @@ class Board:
     def _remaining(self) -> str:
         left = self.seconds_left()
         return f", {duration(left)} left" if left and self.left else ""
-
-
-def duration(seconds: float) -> str:
-    """Such as 40 s, 12 min, 3 h 20 min."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"

@@ -11,9 +11,9 @@ import h5py
 import numpy as np
 
 from rtb_rl.errors import InputError
-from rtb_rl.rl import TransitionDataset, load_dataset, make_environment
+from rtb_rl.rl import load_dataset
 from rtb_rl.rl.catalogue import D4RL_TASKS, OGBENCH
-from rtb_rl.rl.dataset import check_spaces
+from rtb_rl.rl.job_opening import check_environment
 from rtb_rl.sweep.grid import Grid
 
 FLAGS = ("terminals", "timeouts")
@@ -80,22 +80,9 @@ def _check(dataset: str, grid: Grid, task: str) -> str:
             continue
         seen.append(options)
         loaded = load_dataset(dataset, **options)
-        _check_environment(loaded)
+        check_environment(loaded)
         digest = loaded.sha256
     return digest
-
-
-def _check_environment(dataset: TransitionDataset) -> None:
-    if dataset.env_id is None:
-        raise InputError(
-            f"data set {dataset.name!r} doesn't say which environment it was recorded in; give "
-            'the task an env_id, such as env_id = "Hopper-v5"'
-        )
-    env = make_environment(dataset.env_id)
-    try:
-        check_spaces(dataset, env.observation_space, env.action_space)
-    finally:
-        env.close()
 
 
 def mix(sources: Sequence[str], path: Path) -> Path:

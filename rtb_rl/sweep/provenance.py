@@ -9,6 +9,7 @@ import numpy as np
 
 from rtb_rl.errors import InputError
 from rtb_rl.sweep.comparison import Comparison, Row
+from rtb_rl.sweep.durations import duration
 from rtb_rl.sweep.tables import NOTHING, Cell, Table
 
 SHOWN_OF_HASH = 12
@@ -115,13 +116,6 @@ def failure_table(paths: Sequence[Path]) -> Table | None:
     keys = ("task", "agent", "seed", "error")
     rows = [[Cell(_text(failure.get(key))) for key in keys] for failure in failed]
     return Table("failures", "Cells that failed", keys, rows, ["None of them is in any table."])
-
-
-def duration(seconds: float) -> str:
-    """42 s, 3.5 min, 1.2 h."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _mean_timings(rows: Sequence[Row]) -> dict[str, float]:

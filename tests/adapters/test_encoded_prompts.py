@@ -82,9 +82,12 @@ def test_warns_once_of_each_prompt_that_is_cut(make: Any) -> None:
 
 
 def test_a_prompt_that_just_fits_is_not_warned_of() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         encode_prompts(tiny_sd(), [LONG[: WINDOW - 2]])
+        just = len(caught)
+        encode_prompts(tiny_sd(), [LONG[: WINDOW - 1]])
+    assert just == 0 and len(caught) == 1
 
 
 def test_refusals() -> None:

@@ -1,9 +1,6 @@
-"""Rows of extraction: of one critic and one data set, each method once."""
+"""Rows of extraction: each method once."""
 
-import pytest
-from rtb_rl.benchmarks.extraction import check_one_critic, table
-
-from rtb_rl.errors import InputError
+from rtb_rl.benchmarks.extraction import each_method_once, table
 
 
 def row(run, method, **changes):
@@ -26,15 +23,6 @@ def row(run, method, **changes):
 
 
 def test_a_method_that_several_runs_hold_is_listed_once_by_the_first():
-    rows = check_one_critic([row("one", "prior"), row("one", "rtb"), row("two", "prior")])
+    rows = each_method_once([row("one", "prior"), row("one", "rtb"), row("two", "prior")])
     assert [(r["run"], r["method"]) for r in rows] == [("one", "prior"), ("one", "rtb")]
     assert "| rtb | 10.0 | 0.500 ± 0.100 | 1.25 ± 0.01 | - | - |" in table(rows)
-
-
-@pytest.mark.parametrize(
-    "changes, words",
-    [({"critic": "d"}, "2 critics: one, two"), ({"data_sha256": "b"}, "2 data sets: one, two")],
-)
-def test_runs_of_several_critics_or_data_sets_are_refused(changes, words):
-    with pytest.raises(InputError, match=words):
-        check_one_critic([row("one", "prior"), row("two", "rtb", **changes)])

@@ -170,6 +170,12 @@ def test_what_methods_make_of_one_critic_is_measured_side_by_side(dataset, tiny,
     assert (out / "table.md").read_text().count("| iql |") == 1
     with pytest.raises(InputError, match="is no finished run"):
         extraction.main(extraction.Settings(runs=(tmp_path,), out=out))
+    module = importlib.import_module("rtb_rl.agents.rtb_iql")
+    given = module.Settings(dataset=dataset, out=tmp_path / "another", seed=4)
+    module.main(given)
+    with pytest.raises(InputError, match="runs are of 2 critics: .*main, .*another; give runs"):
+        extraction.main(extraction.Settings(runs=(runs[0], given.out), out=tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
 
 
 def test_scales_of_the_guidance_share_critic_and_energy(dataset, tiny, tmp_path):

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kills import assert_same_stage, checkpoint_often, killed_at
 from torch import Tensor, nn
 
 from rtb_rl.core import GaussianDiffusion, Sampler
@@ -25,7 +26,7 @@ from rtb_rl.rl.diffusion_q import (
 from rtb_rl.rl.diffusion_q_policy import DiffusionQPolicy, choose, draw_actions
 from rtb_rl.rl.prior import ActionDiffusion, ActionNetwork
 from rtb_rl.rl.twin_q import TwinQ
-from rtb_rl.training import Pretrainer, PretrainSettings, Run, generator_for, loop
+from rtb_rl.training import Pretrainer, PretrainSettings, generator_for
 
 SMALL = ActionNetwork(levels=5, width=32, blocks=1)
 
@@ -257,29 +258,17 @@ def short_episodes(rows: int = 300):
 
 
 def test_a_killed_run_ends_like_one_that_was_not(tmp_path, monkeypatch) -> None:
-    often = (loop.train.__kwdefaults__ or {}) | dict(log_every=3, checkpoint_every=4)
-    monkeypatch.setattr(loop.train, "__kwdefaults__", often)
+    checkpoint_often(monkeypatch, log_every=3, checkpoint_every=4)
     settings = DiffusionQSettings(steps=14, batch=16, network=SMALL, candidates=5)
     seen, data = [], short_episodes()
     whole = fit_diffusion_q(
         tmp_path / "whole", data, settings, seed=4, watch=lambda *point: seen.append(point[:2])
     )
     assert seen == [(done, 14) for done in range(3, 14, 3)]
-    save = Run.save
-
-    def dies_at_12(run, step, parts):
-        if step == 12:
-            raise KeyboardInterrupt
-        save(run, step, parts)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "save", dies_at_12)
-        with pytest.raises(KeyboardInterrupt):
-            fit_diffusion_q(tmp_path / "cut", data, settings, seed=4)
+    with killed_at(monkeypatch, 12):
+        fit_diffusion_q(tmp_path / "cut", data, settings, seed=4)
     fit_diffusion_q(tmp_path / "cut", data, settings, seed=4)
-    for name in ("model.safetensors", "metrics.jsonl"):
-        one, other = (tmp_path / side / name for side in ("whole", "cut"))
-        assert one.read_bytes() == other.read_bytes(), name
+    assert_same_stage(tmp_path / "whole", tmp_path / "cut")
     observations = torch.randn(7, 2, generator=generator_for(0, "o"))
     acts = [
         policy.act(observations, generator=generator_for(0, "act"))

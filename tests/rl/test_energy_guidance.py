@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from kills import assert_same_stage, checkpoint_often, killed_at
 from torch import nn
 
 from rtb_rl.core import GaussianDiffusion, Sampler, log_snr_schedule, zero_terminal_signal
@@ -23,7 +24,7 @@ from rtb_rl.rl.energy_guidance import (
     load_energy_guidance,
 )
 from rtb_rl.rl.prior_actions import own_actions
-from rtb_rl.training import Run, generator_for, loop
+from rtb_rl.training import generator_for
 
 LEVELS, V, B = 10, 0.04, 5.0
 SCHEDULE = zero_terminal_signal(log_snr_schedule(LEVELS))
@@ -198,8 +199,7 @@ def test_a_bandit_reaches_the_value_of_its_closed_form(tmp_path) -> None:
 
 
 def test_a_killed_run_ends_like_one_that_was_not(tmp_path, monkeypatch) -> None:
-    often = (loop.train.__kwdefaults__ or {}) | dict(log_every=3, checkpoint_every=5)
-    monkeypatch.setattr(loop.train, "__kwdefaults__", often)
+    checkpoint_often(monkeypatch, log_every=3, checkpoint_every=5)
     data, model, seen = bandit(40), prior(), []
     settings = EnergyGuidanceSettings(steps=23, batch=8, candidates=4, rows=30)
 
@@ -211,22 +211,11 @@ def test_a_killed_run_ends_like_one_that_was_not(tmp_path, monkeypatch) -> None:
     whole = fit("whole", watch=lambda *point: seen.append(point))
     assert [point[:2] for point in seen] == [(done, 23) for done in range(3, 23, 3)]
     assert all(point[2] is whole for point in seen)
-    save = Run.save
-
-    def dies_at_15(run, step, parts):
-        if step == 15:
-            raise KeyboardInterrupt
-        save(run, step, parts)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "save", dies_at_15)
-        with pytest.raises(KeyboardInterrupt):
-            fit("cut")
+    with killed_at(monkeypatch, 15):
+        fit("cut")
     fit("cut", scale=3.0)  # the scale is no part of the stage
     assert not own_actions(tmp_path / "cut").exists()
-    for name in ("model.safetensors", "metrics.jsonl"):
-        one, other = (tmp_path / side / name for side in ("whole", "cut"))
-        assert one.read_bytes() == other.read_bytes(), name
+    assert_same_stage(tmp_path / "whole", tmp_path / "cut")
     fit("third", actions=tmp_path / "actions")
     assert (tmp_path / "actions" / "results.json").exists()
     observations, acts = torch.randn(7, 1, generator=generator_for(0, "o")), []

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from kills import assert_same_stage, checkpoint_often, killed_at
 
 from rtb_rl.errors import CheckpointError, InputError
 from rtb_rl.rl import ActionDiffusion, ActionNetwork, check_critic, load_dataset, prior_actions
@@ -19,7 +20,7 @@ from rtb_rl.rl.soft_critic import (
     load_soft_critic,
 )
 from rtb_rl.rl.soft_q_learning import SoftQLearning
-from rtb_rl.training import Run, generator_for, loop
+from rtb_rl.training import generator_for
 
 ACTIONS = torch.tensor([[-0.5], [0.5]])
 BEHAVIOUR = torch.tensor([0, 0, 0, 1])  # candidates: the first action three times of four
@@ -248,30 +249,18 @@ def test_values_of_draws_are_those_of_clipped_actions_at_their_observation(tmp_p
 
 
 def test_a_killed_run_ends_like_one_that_was_not(tmp_path, monkeypatch) -> None:
-    often = (loop.train.__kwdefaults__ or {}) | dict(log_every=3, checkpoint_every=5)
-    monkeypatch.setattr(loop.train, "__kwdefaults__", often)
+    checkpoint_often(monkeypatch, log_every=3, checkpoint_every=5)
     data, prior = episodes([(40, True), (30, False)]), prior_for()
     settings = SoftCriticSettings(
         steps=23, batch=16, candidates=3, rows=50, lower_bound=1.0, layer_norm=True, beta=2
     )
     whole = fit_soft_critic(tmp_path / "whole", data, prior, settings, seed=4)
-    save = Run.save
-
-    def dies_at_15(run, step, parts):
-        if step == 15:
-            raise KeyboardInterrupt
-        save(run, step, parts)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "save", dies_at_15)
-        with pytest.raises(KeyboardInterrupt):
-            fit_soft_critic(tmp_path / "cut", data, prior, settings, seed=4)
+    with killed_at(monkeypatch, 15):
+        fit_soft_critic(tmp_path / "cut", data, prior, settings, seed=4)
     assert own_actions(tmp_path / "cut").exists()
     fit_soft_critic(tmp_path / "cut", data, prior, settings, seed=4)
     assert not own_actions(tmp_path / "cut").exists()
-    for name in ("model.safetensors", "metrics.jsonl"):
-        one, other = (tmp_path / side / name for side in ("whole", "cut"))
-        assert one.read_bytes() == other.read_bytes(), name
+    assert_same_stage(tmp_path / "whole", tmp_path / "cut")
     loaded = load_soft_critic(tmp_path / "cut")
     assert torch.equal(whole.q(data.observations, data.actions), loaded.q(*inputs(data)))
     assert torch.equal(whole.v(data.observations), loaded.v(data.observations))

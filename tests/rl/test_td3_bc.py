@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from kills import assert_same_stage, checkpoint_often, killed_at
 from torch import nn
 
 from rtb_rl.errors import InputError
@@ -19,7 +20,7 @@ from rtb_rl.rl.td3_bc import (
     policy_loss,
 )
 from rtb_rl.rl.twin_q import TwinQ
-from rtb_rl.training import Run, generator_for, loop
+from rtb_rl.training import generator_for
 
 STATES = torch.eye(3)
 
@@ -200,8 +201,7 @@ def short_episodes(rows: int = 300):
 
 
 def test_a_killed_run_ends_like_one_that_was_not(tmp_path, monkeypatch) -> None:
-    often = (loop.train.__kwdefaults__ or {}) | dict(log_every=3, checkpoint_every=5)
-    monkeypatch.setattr(loop.train, "__kwdefaults__", often)
+    checkpoint_often(monkeypatch, log_every=3, checkpoint_every=5)
     # rates at which whatever a checkpoint lacks is seen
     settings = TD3BCSettings(steps=23, batch=16, polyak=0.3, learning_rate=1e-2)
     data = short_episodes()
@@ -210,21 +210,10 @@ def test_a_killed_run_ends_like_one_that_was_not(tmp_path, monkeypatch) -> None:
         tmp_path / "whole", data, settings, seed=4, watch=lambda *point: seen.append(point[:2])
     )
     assert seen == [(done, 23) for done in range(3, 23, 3)]
-    save = Run.save
-
-    def dies_at_15(run, step, parts):
-        if step == 15:
-            raise KeyboardInterrupt
-        save(run, step, parts)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "save", dies_at_15)
-        with pytest.raises(KeyboardInterrupt):
-            fit_td3_bc(tmp_path / "cut", data, settings, seed=4)
+    with killed_at(monkeypatch, 15):
+        fit_td3_bc(tmp_path / "cut", data, settings, seed=4)
     fit_td3_bc(tmp_path / "cut", data, settings, seed=4)
-    for name in ("model.safetensors", "metrics.jsonl"):
-        one, other = (tmp_path / side / name for side in ("whole", "cut"))
-        assert one.read_bytes() == other.read_bytes(), name
+    assert_same_stage(tmp_path / "whole", tmp_path / "cut")
     observations = torch.randn(7, 2, generator=generator_for(0, "o"))
     acts = [
         p.act(observations, generator=generator_for(0, "act"))

@@ -127,7 +127,7 @@ def test_a_grid_that_is_not_there_is_named(tmp_path):
         ("absent.hdf5", {}, "task a: .*absent.hdf5: no such file"),
         ("cut.hdf5", {}, "task a: .*cut.hdf5: .*truncated or damaged"),
         ("text.hdf5", {}, "isn't an HDF5 file"),
-        ("nameless.hdf5", {}, "give the task an env_id"),
+        ("nameless.hdf5", {}, "give it with --env-id.*env_id in a grid"),
         ("whole.hdf5", {"env_id": "MountainCarContinuous-v0"}, "environment observes 2 numbers"),
     ],
 )

@@ -106,7 +106,7 @@ def test_costs_and_provenance():
     rows = [row(seed=0), row(seed=1, wall_seconds=7200.0, peak_memory_bytes=2**30)]
     comparison, _ = tables_of(rows)
     assert texts(cost_table(comparison)) == [
-        ["hopper", "iql", "40 s to 2.0 h", "90 s", "critic 60 s, policy 30 s", "1.00 GiB"]
+        ["hopper", "iql", "40 s to 2 h 00 min", "90 s", "critic 60 s, policy 30 s", "1.00 GiB"]
     ]
     assert texts(data_table(comparison))[0][:8] == [
         "hopper", "hopper", "file", "ab" * 6, "Hopper-v4", "-20.2723, 3234.3", "3.3.0", "1.2.0"

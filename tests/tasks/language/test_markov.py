@@ -37,9 +37,10 @@ def joint() -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def exactly(found: Tensor, expected: Tensor) -> None:
-    assert found.dtype == torch.float64
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+def exactly(found: Tensor, expected: Tensor) -> bool:
+    """Both in float64 and equal to rounding."""
+    same = torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
+    return found.dtype == torch.float64 and found.shape == expected.shape and same
 
 
 def test_prior_and_reward_are_those_of_the_steps():
@@ -48,11 +49,11 @@ def test_prior_and_reward_are_those_of_the_steps():
     for row, (x, middle, y) in enumerate(zip(LEFT.tolist(), z.tolist(), RIGHT.tolist())):
         assert float(prior[row]) == pytest.approx(by_hand([x, *middle]), abs=1e-12)
         assert float(reward[row]) == pytest.approx(by_hand([middle[-1], *y]), abs=1e-12)
-    exactly(prior + reward, joint()[torch.arange(4), torch.tensor([5, 11, 20, 26])])
+    assert exactly(prior + reward, joint()[torch.arange(4), torch.tensor([5, 11, 20, 26])])
 
 
 def test_log_z_is_the_sum_over_all_infillings():
-    exactly(CHAIN.log_z(LEFT, RIGHT, LENGTH), joint().logsumexp(1))
+    assert exactly(CHAIN.log_z(LEFT, RIGHT, LENGTH), joint().logsumexp(1))
 
 
 def test_the_priors_of_all_infillings_sum_to_one():
@@ -66,7 +67,7 @@ def test_marginals_are_those_of_the_enumerated_posterior():
     tokens = torch.nn.functional.one_hot(ALL, VOCABULARY).double()
     expected = torch.einsum("bs,slv->blv", posterior, tokens)
     found = CHAIN.marginals(LEFT, RIGHT, LENGTH)
-    exactly(found, expected)
+    assert exactly(found, expected)
     prior = torch.linalg.matrix_power(CHAIN.transition, LENGTH)[LEFT]
     assert float((found[:, -1] - prior).abs().sum(1).max()) > 0.1  # the reward matters
 
@@ -74,10 +75,10 @@ def test_marginals_are_those_of_the_enumerated_posterior():
 def test_what_comes_after_the_first_token_of_the_right_context_changes_log_z_alone():
     right = RIGHT.clone()
     right[:, 1] = (right[:, 1] + 1) % VOCABULARY
-    exactly(CHAIN.marginals(LEFT, right, LENGTH), CHAIN.marginals(LEFT, RIGHT, LENGTH))
+    assert exactly(CHAIN.marginals(LEFT, right, LENGTH), CHAIN.marginals(LEFT, RIGHT, LENGTH))
     steps = CHAIN.transition[RIGHT[:, 0]].log()
     gain = (steps.gather(1, right[:, 1:]) - steps.gather(1, RIGHT[:, 1:]))[:, 0]
-    exactly(CHAIN.log_z(LEFT, right, LENGTH) - CHAIN.log_z(LEFT, RIGHT, LENGTH), gain)
+    assert exactly(CHAIN.log_z(LEFT, right, LENGTH) - CHAIN.log_z(LEFT, RIGHT, LENGTH), gain)
 
 
 def test_posterior_draws_have_the_enumerated_law():
@@ -105,22 +106,22 @@ def test_longer_gaps_are_gaps_of_gaps():
     middle = torch.arange(VOCABULARY)
     before = CHAIN.log_z(x.expand(VOCABULARY), middle[:, None], 2)
     after = CHAIN.log_z(middle, y.expand(VOCABULARY, 1), 4)
-    exactly((before + after).logsumexp(0, keepdim=True), CHAIN.log_z(x, y, 7))
-    exactly((before + after).softmax(0), CHAIN.marginals(x, y, 7)[0, 2])
+    assert exactly((before + after).logsumexp(0, keepdim=True), CHAIN.log_z(x, y, 7))
+    assert exactly((before + after).softmax(0), CHAIN.marginals(x, y, 7)[0, 2])
 
 
 def test_far_away_a_context_is_forgotten():
     chain = random_chain(generator=seeded())
     left = torch.tensor([0, 7, 19])
     right = torch.tensor([[3], [3], [11]])
-    exactly(chain.log_z(left, right, 200), chain.initial[right[:, 0]].log())
+    assert exactly(chain.log_z(left, right, 200), chain.initial[right[:, 0]].log())
     middle = chain.marginals(left, right, 201)[:, 100]
-    exactly(middle, chain.initial.expand(3, -1))
+    assert exactly(middle, chain.initial.expand(3, -1))
 
 
 def test_the_initial_law_is_stationary_and_sequences_have_the_laws_of_the_chain():
     chain = random_chain(6, generator=seeded(2))
-    exactly(chain.initial @ chain.transition, chain.initial)
+    assert exactly(chain.initial @ chain.transition, chain.initial)
     n = 20_000
     tokens = chain.sample(n, 5, generator=seeded(3))
     assert tokens.shape == (n, 5) and tokens.dtype == torch.int64
