@@ -10,6 +10,7 @@ and layer norm, make it more cautious where there are few data.
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -32,6 +33,9 @@ class Settings(JobSettings):
     """Normalise the hidden layers of Q."""
     backup_actions: int = 16
     """Draws of the prior in each next state."""
+    acting: Literal["rtb", "rtb_best_of_n"] = "rtb"
+    """Which policy is the run's own: one draw of the posterior, or the critic's choice among
+    several. Both are evaluated."""
     rows: int | None = None
     """Transitions of which draws are made; not given: as the budget says, all in full."""
 
@@ -51,7 +55,7 @@ def main(settings: Settings) -> None:
     job = open_job(
         settings,
         program="rtb_soft",
-        method="rtb",
+        method=settings.acting,
         tuning_file=tuning,
         own={"soft_critic": asdict(own)},
     )
