@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import io
+import os
 import pkgutil
 import re
 import sys
@@ -54,9 +55,14 @@ def load_settings(agent: str) -> type:
 
 
 def launcher(agent: str) -> list[str]:
-    """The words of a command line that start this program, without its options."""
+    """The words of a command line that start this program, without its options.
+
+    Python's -m looks first where it is called: in a checkout it would take the folders there for
+    the installed package. So it may only where this process looks there too.
+    """
     command = [agent] if "." in agent else ["rtb_rl", "run", agent]
-    return [sys.executable, "-m", *command]
+    looks_here = "" in sys.path or os.getcwd() in sys.path
+    return [sys.executable, *([] if looks_here else ["-P"]), "-m", *command]
 
 
 def option_words(settings: type, given: Mapping[str, Any], where: str) -> list[str]:

@@ -1,6 +1,8 @@
 """A grid file is checked whole before any cell starts, and its directory keeps to it."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from tiny_grids import COUNTING, write_episodes, write_grid
 from rtb_rl.errors import InputError
 from rtb_rl.sweep.data import check_data, data_paths
 from rtb_rl.sweep.grid import keep_grid, read_grid
+from rtb_rl.sweep.programs import launcher
 
 GOOD = f"""
 agents = ["iql", "{COUNTING}"]
@@ -174,3 +177,18 @@ def test_a_directory_refuses_another_grid_and_keeps_its_own(text, digests, compl
     with pytest.raises(InputError, match=re.escape(complaint)):
         kept(tmp_path, text, digests)
     assert (tmp_path / "grid.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_cell_runs_the_package_that_the_runner_runs(tmp_path, monkeypatch, beside):
+    (tmp_path / "rtb_rl").mkdir()
+    (tmp_path / "rtb_rl" / "__main__.py").write_text("print('the folder beside')")
+    monkeypatch.chdir(tmp_path)
+    # `rtb-rl` does not look for modules where it is called, `python -m rtb_rl` does.
+    elsewhere = [path for path in sys.path if path not in ("", str(tmp_path))]
+    monkeypatch.setattr(sys, "path", [str(tmp_path)] * beside + elsewhere)
+
+    command = [*launcher("iql"), "--help"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+
+    assert ("the folder beside" in said) == beside
