@@ -43,7 +43,9 @@ def main(settings: Settings) -> None:
         return
 
     job.measure("rtb", partial(job.draw, posterior), posterior.results)
-    job.finish(["rtb"])
+    by_weight = partial(job.draw_by_weight, posterior)
+    job.measure("rtb, by weight", by_weight, posterior.results)
+    job.finish(["rtb", "rtb, by weight"])
     verdict = trust(posterior.results["diagnostics"])
     Console(width=100).print(f"posterior: {verdict}", highlight=False)
 

@@ -83,7 +83,9 @@ def main(settings: Settings) -> None:
 
     job.add(PRIOR, job.draw_prior)
     job.add("rtb", partial(job.draw, posterior), posterior.results)
-    job.finish([PRIOR, "rtb"])
+    by_weight = partial(job.draw_by_weight, posterior)
+    job.add("rtb, by weight", by_weight, posterior.results)
+    job.finish([PRIOR, "rtb", "rtb, by weight"])
     verdict = trust(posterior.results["diagnostics"])
     Console(width=100).print(f"posterior: {verdict}", highlight=False)
 

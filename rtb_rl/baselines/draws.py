@@ -28,6 +28,13 @@ class Draws:
     log_z: Tensor | None = None
     ess: Tensor | None = None
 
+    def evidence(self) -> dict[str, float | None]:
+        """Columns of a table, means over rows, where the draws have weights; else none of them."""
+        if self.log_z is None or self.ess is None:
+            return {}
+        mean = {"log_z": float(self.log_z.mean()), "ess": float(self.ess.mean())}
+        return {**mean, "log_z_error": None}
+
 
 class CountedDenoiser:
     """A denoiser that counts its work: one call for each row, two more for each row of a backward

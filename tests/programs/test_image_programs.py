@@ -103,7 +103,11 @@ def our_samples(found, count, seed):
 def test_a_run_leaves_results_table_figure_and_grids(even):
     results = json.loads((even / "results.json").read_text())
     row = results["methods"]["rtb"]
-    assert results["target"] == "class 0+2+4+6+8" and list(results["methods"]) == ["rtb"]
+    assert results["target"] == "class 0+2+4+6+8"
+    assert list(results["methods"]) == ["rtb", "rtb, by weight"]
+    weighted = results["methods"]["rtb, by weight"]
+    assert weighted["calls"] == 2 * LEVELS * 4 and 0 < weighted["ess"] <= 1
+    assert weighted["draws"] == 20 and weighted["training_calls"] == row["training_calls"]
     assert row == json.loads((even / "rows" / "rtb.json").read_text())
     assert row["draws"] == 20 and row["calls"] == LEVELS
     trained = json.loads((even / "posterior" / "results.json").read_text())

@@ -32,8 +32,10 @@ from rtb_rl.tasks.text_to_image import (
 from rtb_rl.tasks.text_to_image.named_rewards import STRENGTH
 from rtb_rl.tasks.text_to_image.shapes import CELLS, cell_log_probs
 from rtb_rl.training import Finetuner, loop, posterior_stage
+from rtb_rl.training.table import slug
 
 LEVELS, DRAWS, REFERENCE_DRAWS = 4, 8, 16  # of the budget smoke
+METHODS = ["prior", "rtb", "rtb, by weight"]
 TIMINGS = {"seconds", "training_seconds"}
 FREE = ("best of N", "importance resampling", "FK steering")
 
@@ -64,12 +66,13 @@ def shapes(tmp_path_factory):
 def test_a_run_leaves_results_table_figure_and_grids(shapes):
     results = json.loads((shapes / "results.json").read_text())
     assert results["target"] == "cell:yellow triangle" and len(results["classes"]) == 12
-    assert list(results["methods"]) == ["prior", "rtb"]
+    assert list(results["methods"]) == METHODS
     for name, row in results["methods"].items():
-        assert row == json.loads((shapes / "rows" / f"{name}.json").read_text())
-        assert row["draws"] == DRAWS and row["calls"] == LEVELS
+        assert row == json.loads((shapes / "rows" / f"{slug(name)}.json").read_text())
+        assert row["draws"] == DRAWS
+        assert row["calls"] == LEVELS * (8 if name == "rtb, by weight" else 1)
         assert sum(row["shares"]) == pytest.approx(1) and list(row["prompts"]) == ["a shape"]
-        kept = load_file(shapes / "rows" / f"{name}.safetensors")
+        kept = load_file(shapes / "rows" / f"{slug(name)}.safetensors")
         assert kept["x0"].shape == (DRAWS, 4, 8, 8)
     row = results["methods"]["rtb"]
     trained = json.loads((shapes / "posterior" / "results.json").read_text())
@@ -77,7 +80,7 @@ def test_a_run_leaves_results_table_figure_and_grids(shapes):
     assert row["log_z"] == trained["diagnostics"]["log_z"]
     lines = (shapes / "table.md").read_text().splitlines()
     titles = [line.split("|")[1].strip() for line in lines[2:]]
-    assert titles[0] == "*reference*" and titles[1:] == ["prior", "rtb"]
+    assert titles[0] == "*reference*" and titles[1:] == METHODS
     assert f"{row['log_reward']:.3f} ± {row['log_reward_error']:.3f}" in lines[4]
     drawn = pictures.imread(shapes / "figure.png")[..., :3]
     assert min(drawn.shape[:2]) > 200 and drawn.std() > 0.05
@@ -122,7 +125,7 @@ def test_the_reference_is_the_prior_weighted_by_the_reward(shapes):
         assert row["reference_log_z_error"] == pytest.approx(error, rel=0.05)
         share = float(weight.sum() ** 2 / weight.square().sum()) / REFERENCE_DRAWS
         assert row["reference_ess"] == pytest.approx(share, abs=1e-3)
-        x0 = load_file(shapes / "rows" / f"{name}.safetensors")["x0"]
+        x0 = load_file(shapes / "rows" / f"{slug(name)}.safetensors")["x0"]
         found, rewards = cells_and_rewards(shapes, x0)
         assert row["log_reward"] == pytest.approx(float(rewards.mean()), abs=1e-3)
         assert row["log_reward_error"] == pytest.approx(float(rewards.std()) / DRAWS**0.5, rel=1e-3)

@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 
 from rtb_rl.adapters.pipelines import PipelinePrior
 from rtb_rl.baselines.draws import Draws
+from rtb_rl.baselines.weighted import posterior_by_weight
 from rtb_rl.core import conditions
 from rtb_rl.core.protocols import Condition
 from rtb_rl.nn.convolution import ConvClassifier
@@ -27,6 +28,9 @@ from rtb_rl.training.checkpoint import replace_file
 from rtb_rl.training.run import Run
 from rtb_rl.training.seeding import generator_for
 from rtb_rl.training.table import slug
+
+WEIGHED = 1000
+"""Paths that are drawn and weighed together."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,8 @@ class ImageJob:
             "reference_log_z": float(log_z.mean()),
             "reference_log_z_error": float(errors.square().sum().sqrt() / len(errors)),
             "reference_ess": float(torch.stack([one.draws.ess for one in self.references]).mean()),
-            "log_z": None if draws.log_z is None else float(draws.log_z.mean()),
-            "ess": None if draws.ess is None else float(draws.ess.mean()),
             **_of_training(training),
+            **draws.evidence(),
             "calls": draws.calls,
             "seconds": seconds / (x0.shape[0] * x0.shape[1]),
             "draws": x0.shape[0] * x0.shape[1],
@@ -111,6 +114,17 @@ class ImageJob:
         """Draws of a trained posterior for `condition`."""
         x0 = posterior.sampler.sample(self.condition, self.draws_each, generator=generator)
         return Draws(x0, self.prior.diffusion.levels)
+
+    def draw_by_weight(self, posterior: ImagePosterior, generator: Generator) -> Draws:
+        """Draws of a trained posterior for `condition`, kept by the weights of their paths."""
+        return posterior_by_weight(
+            posterior.task,
+            self.condition,
+            self.draws_each,
+            beta=self.settings.beta,
+            batch=WEIGHED,
+            generator=generator,
+        )
 
     def finish(self, names: Sequence[str]) -> None:
         """Print the table, draw the figure, write table.md and results.json, in this order."""
@@ -167,7 +181,7 @@ class ImageJob:
 
 def _of_training(results: Mapping[str, Any] | None) -> dict[str, Any]:
     if results is None:
-        return {"training_calls": 0, "training_seconds": 0.0}
+        return {"log_z": None, "ess": None, "training_calls": 0, "training_seconds": 0.0}
     diagnostics = results["diagnostics"]
     return {
         "log_z": diagnostics["log_z"],

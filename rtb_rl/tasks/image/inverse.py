@@ -16,6 +16,7 @@ from rtb_rl.adapters.unets import denoiser_from_unet
 from rtb_rl.baselines.draws import Draws
 from rtb_rl.baselines.guidance import dps, lgd_mc
 from rtb_rl.baselines.steering import twisted_smc
+from rtb_rl.baselines.weighted import posterior_by_weight
 from rtb_rl.core.protocols import Condition
 from rtb_rl.tasks.image.measurements import measurement_reward
 from rtb_rl.tasks.image.observations import (
@@ -23,7 +24,6 @@ from rtb_rl.tasks.image.observations import (
     judge,
     pool_draws,
     posterior_draws,
-    resampled_draws,
 )
 from rtb_rl.tasks.image.posterior import fit_posterior, posterior_task
 from rtb_rl.tasks.image.target import ImageTarget, measurement_target
@@ -152,12 +152,12 @@ def compare_methods(
     calls = start_calls + fitted.results["network_calls"]
     levels = prior.diffusion.levels
     free = training_free(prior, observed, particles=count)
-    resampled = partial(
-        resampled_draws, fitted.task, observed.condition, paths=GUIDED_CALLS * count // 2
+    by_weight = partial(
+        posterior_by_weight, fitted.task, observed.condition, paths=GUIDED_CALLS * count // 2
     )
     rows: dict[str, Callable[..., dict[str, float]]] = {
         "RTB": partial(judge_network, fitted.task, observed, count, calls),
-        "RTB, by weight": partial(judge_method, resampled, observed, count),
+        "RTB, by weight": partial(judge_method, by_weight, observed, count),
         "denoising start": partial(judge_network, start, observed, count, start_calls),
         **{name: partial(judge_method, method, observed, count) for name, method in free.items()},
         "prior draws by weight": partial(

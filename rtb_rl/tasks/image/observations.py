@@ -15,14 +15,8 @@ from torch import Generator, Tensor
 
 from rtb_rl.baselines.draws import Draws
 from rtb_rl.baselines.selection import ImportanceReference
-from rtb_rl.core import (
-    conditions,
-    effective_sample_size,
-    elbo,
-    importance_log_z,
-    log_weight,
-    rollout_against,
-)
+from rtb_rl.baselines.weighted import weighted_paths
+from rtb_rl.core import elbo
 from rtb_rl.core.protocols import Condition
 from rtb_rl.tasks.image.measurements import (
     OBSERVATION,
@@ -137,35 +131,9 @@ def posterior_draws(
 
     `calls` is the price of the draws alone; their weights cost as many calls of the prior.
     """
-    x0, weight = _weighted_draws(task, condition, n, generator=generator)
-    levels = task.diffusion.levels
-    draws = Draws(x0, levels, importance_log_z(weight)[0], effective_sample_size(weight))
-    return draws, float(elbo(weight).mean())
-
-
-def resampled_draws(
-    task: Task, condition: Condition, n: int, *, paths: int, generator: Generator
-) -> Draws:
-    """`n` of `paths` draws of a trained posterior, drawn by their weights: the posterior itself as
-    `paths` grows. 2 K paths / n calls a draw.
-    """
-    x0, weight = _weighted_draws(task, condition, paths, generator=generator)
-    reference = ImportanceReference(x0, weight)
-    calls = 2 * task.diffusion.levels * paths / n
-    return Draws(reference.resample(n, generator=generator), calls, reference.log_z, reference.ess)
-
-
-def _weighted_draws(
-    task: Task, condition: Condition, n: int, *, generator: Generator
-) -> tuple[Tensor, Tensor]:
-    """`n` draws a condition [rows, n, C, H, W] and their log-weights, float64 [rows, n]."""
-    rows = conditions.count(condition) or 1
-    each = conditions.repeat(condition, n)
-    paths, ratio = rollout_against(
-        task.diffusion, task.posterior, task.prior, each, rows * n, generator=generator
-    )
-    weight = log_weight(task.log_reward(paths.x0, each), ratio, 1.0).double()
-    return paths.x0.reshape(rows, n, *paths.x0.shape[1:]), weight.reshape(rows, n)
+    found = weighted_paths(task, condition, n, generator=generator)
+    draws = Draws(found.x0, task.diffusion.levels, found.log_z, found.ess)
+    return draws, float(elbo(found.log_weight).mean())
 
 
 def pool_draws(

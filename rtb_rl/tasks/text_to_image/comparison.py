@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 
 from rtb_rl.adapters.text_to_image import TextToImagePrior
 from rtb_rl.baselines.draws import Draws
+from rtb_rl.baselines.weighted import posterior_by_weight
 from rtb_rl.core import conditions
 from rtb_rl.tasks.image.evaluation import average_rows
 from rtb_rl.tasks.image.report import SIDE, draw_figure, mark
@@ -96,9 +97,8 @@ class TextToImageJob:
         return {
             **average_rows(rows),
             **_of_reference(self.references),
-            "log_z": None if draws.log_z is None else float(draws.log_z.mean()),
-            "ess": None if draws.ess is None else float(draws.ess.mean()),
             **_of_training(training),
+            **draws.evidence(),
             "calls": draws.calls,
             "seconds": seconds / count,
             "draws": count,
@@ -114,6 +114,17 @@ class TextToImageJob:
         parts = [sampler.sample(part, 1, generator=generator)[:, 0] for part, _ in batches]
         x0 = torch.cat(parts).reshape(len(self.condition), self.budget.draws, *parts[0].shape[1:])
         return Draws(x0, self.prior.diffusion.levels)
+
+    def draw_by_weight(self, posterior: TextToImagePosterior, generator: Generator) -> Draws:
+        """Draws of a trained posterior for every prompt, kept by the weights of their paths."""
+        return posterior_by_weight(
+            posterior.task,
+            self.condition,
+            self.budget.draws,
+            beta=self.beta,
+            batch=self.budget.draw_batch,
+            generator=generator,
+        )
 
     def draw_prior(self, generator: Generator) -> Draws:
         """The first of the prior's draws, which are the reference's as well."""
@@ -191,7 +202,7 @@ def _of_reference(references: Sequence[Reference]) -> dict[str, float]:
 
 def _of_training(results: Mapping[str, Any] | None) -> dict[str, Any]:
     if results is None:
-        return {"training_calls": 0, "training_seconds": 0.0}
+        return {"log_z": None, "ess": None, "training_calls": 0, "training_seconds": 0.0}
     diagnostics = results["diagnostics"]
     return {
         "log_z": diagnostics["log_z"],

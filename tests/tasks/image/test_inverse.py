@@ -8,6 +8,7 @@ import torch
 
 from rtb_rl.adapters.pipelines import open_pipeline
 from rtb_rl.baselines.draws import Draws
+from rtb_rl.baselines.weighted import posterior_by_weight
 from rtb_rl.core import importance_log_z
 from rtb_rl.tasks.image.inverse import InverseSettings, compare_methods, denoising_start
 from rtb_rl.tasks.image.observations import (
@@ -17,7 +18,6 @@ from rtb_rl.tasks.image.observations import (
     observe,
     pool_draws,
     posterior_draws,
-    resampled_draws,
 )
 from rtb_rl.tasks.image.posterior import posterior_task
 from rtb_rl.tasks.image.prior import PriorSettings, new_scheduler, new_unet
@@ -125,7 +125,8 @@ def test_draws_of_the_prior_by_weight_are_of_the_posterior(prior):
     observed = observe(loose, truth, generator=generator(12))
     task, _ = posterior_task(prior, measurement_target(loose, truth), tiny().posterior, seed=0)
     paths, n = 4000, 2000
-    draws = resampled_draws(task, observed.condition, n, paths=paths, generator=generator(13))
+    given = {"paths": paths, "batch": 1000, "generator": generator(13)}
+    draws = posterior_by_weight(task, observed.condition, n, **given)
     assert draws.x0.shape == (3, n, *SHAPE)
     assert draws.calls == 2 * 4 * paths / n
     pool = prior.sampler.sample(None, paths, generator=generator(14))
