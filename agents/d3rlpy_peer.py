@@ -19,7 +19,7 @@ import tyro
 
 from rtb_rl.errors import InputError
 from rtb_rl.rl import JobSettings, open_job
-from rtb_rl.rl.d3rlpy_peer import D3rlpySettings, d3rlpy_versions, fit_d3rlpy, note_versions
+from rtb_rl.rl.peers.d3rlpy_peer import D3rlpySettings, d3rlpy_versions, fit_d3rlpy, note_versions
 
 STEPS = {
     "iql": {"smoke": 300, "demo": 15_000, "full": 200_000},

@@ -2,7 +2,7 @@
 
     python benchmarks/behaviour_policies.py train  --env-id Hopper-v5 --out runs/behaviour/hopper
     python benchmarks/behaviour_policies.py select --snapshots runs/behaviour/hopper \
-        --out rtb_rl/rl/behaviours/hopper.safetensors
+        --out rtb_rl/rl/data/behaviours/hopper.safetensors
 
 `train` runs soft actor-critic (arXiv 1801.01290; stable-baselines3) and writes the actor every few
 thousand steps together with the mean return of its stochastic policy. `select` keeps the path to

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from rtb_rl.errors import InputError
 from rtb_rl.rl import draws_of, load_dataset, load_policy, measure_extraction
-from rtb_rl.rl.saved import load_run_critic
+from rtb_rl.rl.jobs.saved import load_run_critic
 from rtb_rl.training import generator_for
 from rtb_rl.training.stage import fingerprint
 

@@ -28,12 +28,12 @@ from rtb_rl.rl import (
     load_dataset,
     posterior_model,
 )
-from rtb_rl.rl.posterior import new_log_z
-from rtb_rl.rl.prior import draw_actions
-from rtb_rl.rl.seed_finetuning import SeedFinetuner
-from rtb_rl.rl.seed_runs import Generators
-from rtb_rl.rl.seed_task import seed_task
-from rtb_rl.rl.seed_training import SeedIQL, SeedPretrainer
+from rtb_rl.rl.posteriors.posterior import new_log_z
+from rtb_rl.rl.posteriors.prior import draw_actions
+from rtb_rl.rl.seeds.finetuning import SeedFinetuner
+from rtb_rl.rl.seeds.runs import Generators
+from rtb_rl.rl.seeds.task import seed_task
+from rtb_rl.rl.seeds.training import SeedIQL, SeedPretrainer
 from rtb_rl.training import PretrainSettings, Run, generator_for, write_rows
 
 OBSERVATION, ACTION, ROWS = 17, 6, 50_000

@@ -126,7 +126,7 @@ def parse(arguments: Sequence[str]) -> Callable[[], None]:
         case "evaluate":
             return partial(evaluate, read_options(Evaluate, command, rest))
         case "export":
-            from rtb_rl.rl.export_command import Export, export
+            from rtb_rl.rl.export.command import Export, export
 
             return partial(export, read_options(Export, command, rest))
         case "infill":
@@ -186,9 +186,9 @@ def described(names: dict[str, str]) -> str:
 
 def show_names() -> None:
     """Print what can be named on the command line."""
-    from rtb_rl.rl.behaviour import BEHAVIOURS_PATH
     from rtb_rl.rl.catalogue import D4RL_TASKS
-    from rtb_rl.rl.collect import LEVELS
+    from rtb_rl.rl.data.behaviour import BEHAVIOURS_PATH
+    from rtb_rl.rl.data.collect import LEVELS
 
     print("programs: rtb-rl run NAME", described(programs(FOLDERS["run"])), sep="\n")
     print("\nbenchmarks: rtb-rl bench NAME", described(programs(FOLDERS["bench"])), sep="\n")

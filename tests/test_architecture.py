@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,19 @@ MAY_IMPORT = {
 }
 # a task -> the other tasks that it may import
 TASKS_MAY_IMPORT = {"text_to_image": {"image"}}
+# a part of rl -> the other parts that it may import
+RL_MAY_IMPORT = {
+    "catalogue": set(),
+    "fitted": set(),
+    "episodes": {"catalogue"},
+    "data": {"catalogue", "episodes"},
+    "critics": {"episodes", "data"},
+    "posteriors": {"fitted", "episodes", "data", "critics"},
+    "peers": {"fitted", "episodes", "data", "critics", "posteriors"},
+    "seeds": {"data", "critics", "posteriors"},
+    "jobs": {"catalogue", "fitted", "episodes", "data", "critics", "posteriors", "peers"},
+    "export": {"fitted", "episodes", "critics", "posteriors", "peers", "jobs"},
+}
 MAY_IMPORT_FROM_OUTSIDE = {"core": {"torch"}, "nn": {"torch"}, "errors": set()}
 
 NOT_IN_CORE = {"action", "prompt", "pixel", "state"}
@@ -147,6 +161,21 @@ def task_imports(source: Source) -> Iterator[str]:
             yield f"imports the task {parts[2]}"
 
 
+def rl_imports(source: Source) -> Iterator[str]:
+    """A part of rl knows the others of RL_MAY_IMPORT only.
+
+    The public names of `rtb_rl.rl` come from all parts, so that no part may import one of them.
+    """
+    if not source.path.startswith("rtb_rl/rl/") or source.path == "rtb_rl/rl/__init__.py":
+        return
+    own = source.path.split("/")[2].removesuffix(".py")
+    allowed = RL_MAY_IMPORT.get(own, set()) | {own}
+    for module, name in source.imports():
+        parts = f"{module}.{name}".split(".")
+        if parts[:2] == ["rtb_rl", "rl"] and not allowed.intersection(parts[2:3]):
+            yield f"imports {module}.{name}"
+
+
 def outside_imports(source: Source) -> Iterator[str]:
     """Rooms in MAY_IMPORT_FROM_OUTSIDE need that and the standard library only."""
     if source.room in MAY_IMPORT_FROM_OUTSIDE:
@@ -228,7 +257,7 @@ EXAMPLES = {
             "training: import rtb_rl; rtb_rl.__version__",
             "tasks: from rtb_rl.training.task import Task",
             "sweep: from rtb_rl.rl import load_dataset; from rtb_rl.training.checkpoint import x",
-            "agents: from rtb_rl import Sampler; from rtb_rl.rl.policy import load_policy",
+            "agents: from rtb_rl import Sampler; from rtb_rl.rl.jobs.saved import load_policy",
         ],
         [
             "core: import rtb_rl.nn",
@@ -255,6 +284,25 @@ EXAMPLES = {
             "rtb_rl/tasks/image/job.py: from rtb_rl.tasks.language import report",
             "rtb_rl/tasks/language/job.py: import rtb_rl.tasks.image.report",
             "rtb_rl/tasks/image/job.py: from rtb_rl.tasks import text_to_image",
+        ],
+    ),
+    rl_imports: (
+        [
+            "rtb_rl/rl/__init__.py: from rtb_rl.rl.jobs.saved import load_policy",
+            "rtb_rl/rl/data/readers.py: from rtb_rl.rl.data import download, rows",
+            "rtb_rl/rl/data/readers.py: from rtb_rl.rl import catalogue",
+            "rtb_rl/rl/seeds/task.py: from rtb_rl.rl.posteriors.task import offline_rl_task",
+            "rtb_rl/rl/peers/td3_bc.py: import rtb_rl.rl.fitted; import rtb_rl.core.x",
+            "rtb_rl/sweep/data.py: from rtb_rl.rl import load_dataset",
+        ],
+        [
+            "rtb_rl/rl/critics/iql.py: from rtb_rl.rl.posteriors.prior import fit_prior",
+            "rtb_rl/rl/critics/iql.py: def f(): from ..peers import td3_bc",
+            "rtb_rl/rl/critics/iql.py: import rtb_rl.rl.jobs.job",
+            "rtb_rl/rl/jobs/job.py: from rtb_rl.rl import load_dataset",
+            "rtb_rl/rl/jobs/job.py: from rtb_rl import rl",
+            "rtb_rl/rl/fitted.py: from rtb_rl.rl import catalogue",
+            "rtb_rl/rl/unheard_of/x.py: from rtb_rl.rl.data.rows import Rows",
         ],
     ),
     outside_imports: (
@@ -325,6 +373,12 @@ def test_the_rule_tells_good_from_bad(rule):
     accepted, refused = EXAMPLES[rule]
     assert not [text for text in accepted if list(rule(example(text)))]
     assert not [text for text in refused if not list(rule(example(text)))]
+
+
+def test_the_parts_of_rl_have_an_order():
+    parts = {path.stem for path in (ROOT / "rtb_rl" / "rl").iterdir() if path.stem[0] != "_"}
+    assert parts == set(RL_MAY_IMPORT)
+    TopologicalSorter(RL_MAY_IMPORT).prepare()  # raises CycleError
 
 
 def test_every_file_belongs_to_a_room():

@@ -12,7 +12,7 @@ import pytest
 
 from rtb_rl import cli, rl
 from rtb_rl.errors import CheckpointError, InputError, NonFiniteError
-from rtb_rl.rl.behaviour import BEHAVIOURS_PATH
+from rtb_rl.rl.data.behaviour import BEHAVIOURS_PATH
 
 PROGRAMS = sorted(cli.programs("rtb_rl.agents"))
 BENCHMARKS = sorted(cli.programs("rtb_rl.benchmarks"))

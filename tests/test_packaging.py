@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 LEAKS = (
     "benchmarks/results/rows.jsonl",
     "agents/data/transitions.npz",
-    "rtb_rl/rl/data.hdf5",
+    "rtb_rl/rl/data/data.hdf5",
     "runs/demo/config.json",
     "data/hopper.hdf5",
 )
@@ -44,7 +44,7 @@ def test_importing_the_package_loads_torch_and_numpy_only():
 
 def test_every_room_can_be_imported_first():
     tops = [path for path in (ROOT / "rtb_rl").iterdir() if path.suffix == ".py"]
-    rooms = [path.parent for path in (ROOT / "rtb_rl").glob("*/__init__.py")]
+    rooms = [path.parent for path in (ROOT / "rtb_rl").glob("*/**/__init__.py")]
     modules = {
         ".".join(top.relative_to(ROOT).with_suffix("").parts): [
             path.stem for path in top.glob("*.py")
@@ -122,7 +122,7 @@ def test_the_wheel_has_every_module_and_program(wheel_names):
 
 
 def test_the_wheel_has_the_policies_the_licence_and_the_type_marker(wheel_names):
-    behaviours = (ROOT / "rtb_rl/rl/behaviours").glob("*.safetensors")
+    behaviours = (ROOT / "rtb_rl/rl/data/behaviours").glob("*.safetensors")
     assert {path.relative_to(ROOT).as_posix() for path in behaviours} <= wheel_names
     assert "rtb_rl/py.typed" in wheel_names
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in wheel_names)

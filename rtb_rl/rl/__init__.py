@@ -1,43 +1,52 @@
 """Offline reinforcement learning: data, prior, critic, posterior, policies, episodes."""
 
-from rtb_rl.rl.amortised import AmortisedPolicy, AmortisedSettings, fit_amortised
-from rtb_rl.rl.budget import Budget, Tuning, budget_for, read_tuning
-from rtb_rl.rl.collect import collect
-from rtb_rl.rl.critic import Critic, IQLCritic, check_critic, load_critic
-from rtb_rl.rl.critic_training import (
+from rtb_rl.rl.critics.critic import Critic, IQLCritic, check_critic, load_critic
+from rtb_rl.rl.critics.gaussian_policy import (
+    AdvantageWeightedRegression,
+    GaussianPolicy,
+    MeanActionPolicy,
+)
+from rtb_rl.rl.critics.iql import IQL
+from rtb_rl.rl.critics.training import (
     CriticSettings,
     GaussianSettings,
     fit_critic,
     fit_gaussian_policy,
 )
-from rtb_rl.rl.curve import Curve, Watch
-from rtb_rl.rl.dataset import TransitionDataset, Transitions
-from rtb_rl.rl.diffusion_q import DiffusionQSettings, fit_diffusion_q, load_diffusion_q
-from rtb_rl.rl.diffusion_q_policy import DiffusionQPolicy
-from rtb_rl.rl.energy_guidance import (
+from rtb_rl.rl.data.collect import collect
+from rtb_rl.rl.data.dataset import TransitionDataset, Transitions
+from rtb_rl.rl.data.readers import load_dataset
+from rtb_rl.rl.data.summary import DatasetSummary, summarise
+from rtb_rl.rl.episodes.curve import Curve, Watch
+from rtb_rl.rl.episodes.environments import make_environment
+from rtb_rl.rl.episodes.evaluation import EpisodeRecords, Policy, evaluate
+from rtb_rl.rl.episodes.scores import normalised_score, reference_returns
+from rtb_rl.rl.episodes.video import record_episode
+from rtb_rl.rl.jobs.budget import Budget, Tuning, budget_for, read_tuning
+from rtb_rl.rl.jobs.job import Job, JobSettings
+from rtb_rl.rl.jobs.opening import open_job
+from rtb_rl.rl.jobs.report import StatePanel, state_panels
+from rtb_rl.rl.jobs.saved import SavedPolicy, load_policy
+from rtb_rl.rl.peers.diffusion_q import DiffusionQSettings, fit_diffusion_q, load_diffusion_q
+from rtb_rl.rl.peers.diffusion_q_policy import DiffusionQPolicy
+from rtb_rl.rl.peers.energy_guidance import (
     EnergyGuidanceSettings,
     fit_energy_guidance,
     load_energy_guidance,
 )
-from rtb_rl.rl.environments import make_environment
-from rtb_rl.rl.evaluation import EpisodeRecords, Policy, evaluate
-from rtb_rl.rl.extraction import Extraction, draws_of, measure_extraction
-from rtb_rl.rl.gaussian_policy import AdvantageWeightedRegression, GaussianPolicy, MeanActionPolicy
-from rtb_rl.rl.iql import IQL
-from rtb_rl.rl.job import Job, JobSettings
-from rtb_rl.rl.job_opening import open_job
-from rtb_rl.rl.policy import DiffusionPolicy
-from rtb_rl.rl.posterior import PosteriorSettings, fit_posterior, posterior_model
-from rtb_rl.rl.prior import ActionDiffusion, ActionNetwork, fit_prior
-from rtb_rl.rl.readers import load_dataset
-from rtb_rl.rl.report import StatePanel, state_panels
-from rtb_rl.rl.saved import SavedPolicy, load_policy
-from rtb_rl.rl.scores import normalised_score, reference_returns
-from rtb_rl.rl.soft_critic import SoftCritic, SoftCriticSettings, fit_soft_critic, load_soft_critic
-from rtb_rl.rl.summary import DatasetSummary, summarise
-from rtb_rl.rl.task import critic_log_reward, offline_rl_task
-from rtb_rl.rl.td3_bc import TD3BCSettings, fit_td3_bc, load_td3_bc
-from rtb_rl.rl.video import record_episode
+from rtb_rl.rl.peers.td3_bc import TD3BCSettings, fit_td3_bc, load_td3_bc
+from rtb_rl.rl.posteriors.amortised import AmortisedPolicy, AmortisedSettings, fit_amortised
+from rtb_rl.rl.posteriors.extraction import Extraction, draws_of, measure_extraction
+from rtb_rl.rl.posteriors.policy import DiffusionPolicy
+from rtb_rl.rl.posteriors.posterior import PosteriorSettings, fit_posterior, posterior_model
+from rtb_rl.rl.posteriors.prior import ActionDiffusion, ActionNetwork, fit_prior
+from rtb_rl.rl.posteriors.soft_critic import (
+    SoftCritic,
+    SoftCriticSettings,
+    fit_soft_critic,
+    load_soft_critic,
+)
+from rtb_rl.rl.posteriors.task import critic_log_reward, offline_rl_task
 
 __all__ = [
     "IQL",

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from rtb_rl.errors import InputError
-from rtb_rl.rl.scores import normalised_score
+from rtb_rl.rl.episodes.scores import normalised_score
 
 Row = Mapping[str, Any]
 

@@ -13,7 +13,7 @@ import numpy as np
 from rtb_rl.errors import InputError
 from rtb_rl.rl import load_dataset
 from rtb_rl.rl.catalogue import D4RL_TASKS, OGBENCH
-from rtb_rl.rl.job_opening import check_environment
+from rtb_rl.rl.jobs.opening import check_environment
 from rtb_rl.sweep.grid import Grid
 
 FLAGS = ("terminals", "timeouts")

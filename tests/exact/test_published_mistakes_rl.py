@@ -28,10 +28,11 @@ from rtb_rl.core import (
 from rtb_rl.core.gaussian import large_spread
 from rtb_rl.core.protocols import Condition
 from rtb_rl.nn import MLP, LangevinDenoiser, LearnedSpread, ResidualMLP
-from rtb_rl.rl import ActionNetwork, load_dataset, prior, task
-from rtb_rl.rl.critic import Critic
-from rtb_rl.rl.posterior import posterior_model
-from rtb_rl.rl.prior import ActionDiffusion
+from rtb_rl.rl import ActionNetwork, load_dataset
+from rtb_rl.rl.critics.critic import Critic
+from rtb_rl.rl.posteriors import prior, task
+from rtb_rl.rl.posteriors.posterior import posterior_model
+from rtb_rl.rl.posteriors.prior import ActionDiffusion
 from rtb_rl.tasks.toy import (
     GaussianDenoiser,
     PosteriorMaker,

@@ -18,9 +18,10 @@ from rtb_rl.agents import d3rlpy_peer as program
 from torch import nn
 
 from rtb_rl.errors import CheckpointError, InputError
-from rtb_rl.rl import d3rlpy_worker, evaluate, load_dataset, load_policy
-from rtb_rl.rl.d3rlpy_peer import arrays_for_d3rlpy
-from rtb_rl.rl.scripted_policy import load_scripted_policy
+from rtb_rl.rl import evaluate, load_dataset, load_policy
+from rtb_rl.rl.peers import d3rlpy_worker
+from rtb_rl.rl.peers.d3rlpy_peer import arrays_for_d3rlpy
+from rtb_rl.rl.peers.scripted_policy import load_scripted_policy
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning"),
@@ -202,7 +203,7 @@ def test_training_that_was_stopped_starts_again(recorded, fake, tmp_path, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("rtb_rl.rl.curve.Curve.__call__", stop)
+        patch.setattr("rtb_rl.rl.episodes.curve.Curve.__call__", stop)
         run(recorded, tmp_path / "cut", fake / "python", curve=2)
     assert (tmp_path / "cut" / "d3rlpy" / "metrics.jsonl").exists()
     with pytest.raises(InputError, match="has not ended"):

@@ -9,10 +9,12 @@ from rtb_rl.benchmarks import extraction
 
 from rtb_rl.core import effective_sample_size
 from rtb_rl.errors import InputError
-from rtb_rl.rl import Budget, collect, evaluate, job_opening, load_policy, posterior, read_tuning
-from rtb_rl.rl.critic_training import CriticSettings, GaussianSettings
-from rtb_rl.rl.posterior import PosteriorSettings
-from rtb_rl.rl.saved import load_iql_critic
+from rtb_rl.rl import Budget, collect, evaluate, load_policy, read_tuning
+from rtb_rl.rl.critics.training import CriticSettings, GaussianSettings
+from rtb_rl.rl.jobs import opening
+from rtb_rl.rl.jobs.saved import load_iql_critic
+from rtb_rl.rl.posteriors import posterior
+from rtb_rl.rl.posteriors.posterior import PosteriorSettings
 from rtb_rl.training import FinetuneSettings, PretrainSettings, Run, loop
 
 pytestmark = pytest.mark.mujoco
@@ -52,7 +54,7 @@ def dataset(tmp_path_factory):
 @pytest.fixture
 def tiny(monkeypatch):
     """Tiny budgets, checkpoints every few steps."""
-    monkeypatch.setattr(job_opening, "budget_for", lambda name, tuning: TINY.with_beta(tuning.beta))
+    monkeypatch.setattr(opening, "budget_for", lambda name, tuning: TINY.with_beta(tuning.beta))
     for program in OWN_STEPS:
         module = importlib.import_module(f"rtb_rl.agents.{program}")
         monkeypatch.setattr(module, "STEPS", dict.fromkeys(module.STEPS, 24))

@@ -6,9 +6,10 @@ import pytest
 from rtb_rl.agents import rtb_iql, rtb_iql_seeds
 
 from rtb_rl.errors import InputError
-from rtb_rl.rl import Budget, collect, evaluate, job_opening, load_policy
-from rtb_rl.rl.critic_training import CriticSettings, GaussianSettings
-from rtb_rl.rl.posterior import PosteriorSettings
+from rtb_rl.rl import Budget, collect, evaluate, load_policy
+from rtb_rl.rl.critics.training import CriticSettings, GaussianSettings
+from rtb_rl.rl.jobs import opening
+from rtb_rl.rl.posteriors.posterior import PosteriorSettings
 from rtb_rl.training import FinetuneSettings, PretrainSettings
 
 pytestmark = pytest.mark.mujoco
@@ -28,7 +29,7 @@ def read(path):
 
 def test_seeds_at_once_are_ordinary_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    monkeypatch.setattr(job_opening, "budget_for", lambda name, tuning: TINY.with_beta(tuning.beta))
+    monkeypatch.setattr(opening, "budget_for", lambda name, tuning: TINY.with_beta(tuning.beta))
     given = dict(dataset=collect("hopper-random", steps=600, seed=0))
     out = tmp_path / "seeds"
     with pytest.raises(InputError, match="can't take --curve"):

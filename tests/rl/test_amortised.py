@@ -14,7 +14,7 @@ from rtb_rl.rl import (
     fit_prior,
     load_dataset,
 )
-from rtb_rl.rl.amortised import AmortisedPolicy, amortised_model, with_strength
+from rtb_rl.rl.posteriors.amortised import AmortisedPolicy, amortised_model, with_strength
 from rtb_rl.training import FinetuneSettings, Mix, PretrainSettings
 
 SMALL = ActionNetwork(levels=8, width=48, blocks=1)

@@ -1,6 +1,5 @@
 """Collected data against episodes that are known beforehand, and policies against their formula."""
 
-import importlib
 import json
 import math
 
@@ -13,11 +12,9 @@ from gymnasium import spaces
 from safetensors.torch import save_file
 
 from rtb_rl.errors import InputError
-from rtb_rl.rl import behaviour
-from rtb_rl.rl.evaluation import derived_seed, evaluate
-from rtb_rl.rl.rollout import roll_out
-
-collect = importlib.import_module("rtb_rl.rl.collect")  # rtb_rl.rl has a function of that name
+from rtb_rl.rl.data import behaviour, collect
+from rtb_rl.rl.episodes.evaluation import derived_seed, evaluate
+from rtb_rl.rl.episodes.rollout import roll_out
 
 ENV_ID = "Countdown-v0"
 BOX = (np.array([-1.0, 0.0], np.float32), np.array([1.0, 4.0], np.float32))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rtb_rl.errors import InputError
 from rtb_rl.nn.ensemble import EnsembleMLP
-from rtb_rl.rl.critic import IQLCritic, check_critic, load_critic
+from rtb_rl.rl.critics.critic import IQLCritic, check_critic, load_critic
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from rtb_rl.errors import InputError
-from rtb_rl.rl.dataset import TransitionDataset, check_spaces
+from rtb_rl.rl.data.dataset import TransitionDataset, check_spaces
 
 
 def arrays(terminals: str, timeouts: str, **more) -> dict[str, np.ndarray]:

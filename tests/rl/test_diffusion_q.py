@@ -14,8 +14,9 @@ from rtb_rl.core.gaussian import small_spread
 from rtb_rl.core.schedules import log_snr_schedule, zero_terminal_signal
 from rtb_rl.errors import InputError
 from rtb_rl.rl import load_dataset
-from rtb_rl.rl.dataset import Transitions
-from rtb_rl.rl.diffusion_q import (
+from rtb_rl.rl.critics.twin_q import TwinQ
+from rtb_rl.rl.data.dataset import Transitions
+from rtb_rl.rl.peers.diffusion_q import (
     DiffusionQ,
     DiffusionQSettings,
     denoising_loss,
@@ -23,9 +24,8 @@ from rtb_rl.rl.diffusion_q import (
     load_diffusion_q,
     normalised_q_loss,
 )
-from rtb_rl.rl.diffusion_q_policy import DiffusionQPolicy, choose, draw_actions
-from rtb_rl.rl.prior import ActionDiffusion, ActionNetwork
-from rtb_rl.rl.twin_q import TwinQ
+from rtb_rl.rl.peers.diffusion_q_policy import DiffusionQPolicy, choose, draw_actions
+from rtb_rl.rl.posteriors.prior import ActionDiffusion, ActionNetwork
 from rtb_rl.training import Pretrainer, PretrainSettings, generator_for
 
 SMALL = ActionNetwork(levels=5, width=32, blocks=1)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from rtb_rl.errors import InputError
-from rtb_rl.rl import download
 from rtb_rl.rl.catalogue import find_task
+from rtb_rl.rl.data import download
 
 DATA = bytes(range(256)) * 2000
 DIGEST = hashlib.sha256(DATA).hexdigest()

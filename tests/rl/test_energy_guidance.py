@@ -15,15 +15,15 @@ from rtb_rl.core import GaussianDiffusion, Sampler, log_snr_schedule, zero_termi
 from rtb_rl.core.gaussian import small_spread
 from rtb_rl.errors import InputError
 from rtb_rl.rl import ActionDiffusion, ActionNetwork, load_dataset
-from rtb_rl.rl.contrastive_energy import contrastive_energy_loss
-from rtb_rl.rl.energy_guidance import (
+from rtb_rl.rl.peers.contrastive_energy import contrastive_energy_loss
+from rtb_rl.rl.peers.energy_guidance import (
     EnergyGuidanceSettings,
     EnergyGuidedDenoiser,
     energy_gradient,
     fit_energy_guidance,
     load_energy_guidance,
 )
-from rtb_rl.rl.prior_actions import own_actions
+from rtb_rl.rl.posteriors.prior_actions import own_actions
 from rtb_rl.training import generator_for
 
 LEVELS, V, B = 10, 0.04, 5.0

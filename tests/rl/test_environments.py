@@ -10,7 +10,7 @@ import pytest
 from gymnasium import spaces
 
 from rtb_rl.errors import InputError
-from rtb_rl.rl.environments import action_box, check_environment, make_environment
+from rtb_rl.rl.episodes.environments import action_box, check_environment, make_environment
 
 
 class Goal(gymnasium.Env):

@@ -9,8 +9,8 @@ import torch
 from gymnasium import spaces
 
 from rtb_rl.errors import InputError
-from rtb_rl.rl.environments import make_environment
-from rtb_rl.rl.evaluation import EpisodeRecords, bootstrap_interval, derived_seed, evaluate
+from rtb_rl.rl.episodes.environments import make_environment
+from rtb_rl.rl.episodes.evaluation import EpisodeRecords, bootstrap_interval, derived_seed, evaluate
 
 ENV_ID = "KnownLength-v0"
 TIME_LIMIT = 7

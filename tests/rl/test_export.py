@@ -15,20 +15,20 @@ from torch import nn
 from rtb_rl import cli
 from rtb_rl.core import trajectory
 from rtb_rl.errors import InputError
-from rtb_rl.rl import evaluate, export_tracing, load_dataset, load_policy
-from rtb_rl.rl import export as exporting
-from rtb_rl.rl.critic_training import (
+from rtb_rl.rl import evaluate, load_dataset, load_policy
+from rtb_rl.rl.critics.training import (
     CriticSettings,
     GaussianSettings,
     fit_critic,
     fit_gaussian_policy,
 )
-from rtb_rl.rl.dataset import data_facts
-from rtb_rl.rl.export import export_policy, largest_difference, load_exported
-from rtb_rl.rl.export_module import draw_noise, exported_policy
-from rtb_rl.rl.policy import DiffusionPolicy
-from rtb_rl.rl.posterior import PosteriorSettings, fit_posterior, posterior_model
-from rtb_rl.rl.prior import ActionDiffusion, ActionNetwork, fit_prior
+from rtb_rl.rl.data.dataset import data_facts
+from rtb_rl.rl.export import exporting, tracing
+from rtb_rl.rl.export.exporting import export_policy, largest_difference, load_exported
+from rtb_rl.rl.export.module import draw_noise, exported_policy
+from rtb_rl.rl.posteriors.policy import DiffusionPolicy
+from rtb_rl.rl.posteriors.posterior import PosteriorSettings, fit_posterior, posterior_model
+from rtb_rl.rl.posteriors.prior import ActionDiffusion, ActionNetwork, fit_prior
 from rtb_rl.training import FinetuneSettings, PretrainSettings, Run, generator_for
 
 LOW, HIGH = torch.tensor([-1.0, 0.0]), torch.tensor([3.0, 0.5])
@@ -145,7 +145,7 @@ def test_a_candidate_that_the_critic_values_alike_is_no_difference():
 
 def test_a_critic_that_is_no_module_itself_is_traced():
     policy = policy_of(candidates=2, critic=Holding(Quadratic()))
-    program = export_tracing.traced(module_of(policy)).module()
+    program = tracing.traced(module_of(policy)).module()
     noise = draw_noise(3, 10, 2, generator=generator_for(0, "noise"))
     actions = policy.act(observations_of(5), generator=generator_for(0, "noise"))
     torch.testing.assert_close(program(observations_of(5), noise), actions, rtol=0, atol=1e-6)
@@ -161,7 +161,7 @@ def test_what_cannot_be_exported_is_refused():
     with pytest.raises(InputError, match="gradient of Holding by autograd"):
         module_of(policy_of(langevin=True, critic=Quadratic()), Holding(Quadratic()))
     with pytest.raises(InputError, match="can't be traced .*without branches"):
-        export_tracing.traced(module_of(policy_of(candidates=2, critic=Branching())))
+        tracing.traced(module_of(policy_of(candidates=2, critic=Branching())))
 
 
 @pytest.fixture(scope="module")
@@ -277,8 +277,10 @@ def test_files_need_no_package_and_tell_nothing_of_the_machine(finished, files):
         torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=2e-5)
     assert facts["method"] == "rtb" and facts["beta"] == 2.5 and facts["levels"] == 2
     assert facts["inputs"] == {"observations": ["batch", 3], "noise": [3, "batch", 1]}
+    package = exporting.__file__.removesuffix("rl/export/exporting.py")
+    assert package != exporting.__file__
     for path in files.values():
-        assert exporting.__file__.removesuffix("rl/export.py").encode() not in path.read_bytes()
+        assert package.encode() not in path.read_bytes()
 
 
 def test_a_file_that_does_not_agree_is_not_kept(finished, tmp_path, monkeypatch):

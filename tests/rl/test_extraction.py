@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rtb_rl.errors import InputError
-from rtb_rl.rl.extraction import measure_extraction, nearest_neighbour_kl
+from rtb_rl.rl.posteriors.extraction import measure_extraction, nearest_neighbour_kl
 
 
 def gaussians(mean, std, rows, n, size, generator):

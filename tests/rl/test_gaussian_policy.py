@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from rtb_rl.errors import InputError
-from rtb_rl.rl.dataset import Transitions
-from rtb_rl.rl.gaussian_policy import (
+from rtb_rl.rl.critics.gaussian_policy import (
     AdvantageWeightedRegression,
     GaussianPolicy,
     MeanActionPolicy,
 )
+from rtb_rl.rl.data.dataset import Transitions
 
 
 class Quadratic:

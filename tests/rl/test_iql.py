@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from rtb_rl.errors import InputError
-from rtb_rl.rl.critic import IQLCritic
-from rtb_rl.rl.dataset import Transitions
-from rtb_rl.rl.iql import IQL, expectile_loss
+from rtb_rl.rl.critics.critic import IQLCritic
+from rtb_rl.rl.critics.iql import IQL, expectile_loss
+from rtb_rl.rl.data.dataset import Transitions
 
 
 def seeded(seed: int = 0) -> torch.Generator:

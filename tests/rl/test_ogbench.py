@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from rtb_rl.errors import InputError
-from rtb_rl.rl.environments import make_environment
-from rtb_rl.rl.evaluation import evaluate
-from rtb_rl.rl.ogbench_data import is_ogbench, task_of_file
-from rtb_rl.rl.readers import load_dataset
-from rtb_rl.rl.summary import summarise
+from rtb_rl.rl.data.ogbench_data import is_ogbench, task_of_file
+from rtb_rl.rl.data.readers import load_dataset
+from rtb_rl.rl.data.summary import summarise
+from rtb_rl.rl.episodes.environments import make_environment
+from rtb_rl.rl.episodes.evaluation import evaluate
 
 # Two trajectories, of 3 and 2 states on a line; the last action of each leads nowhere.
 STATES = np.array([[0.0], [1.0], [2.0], [5.0], [2.0]], np.float32)

@@ -18,8 +18,8 @@ from rtb_rl.rl import (
     load_dataset,
     offline_rl_task,
 )
-from rtb_rl.rl.posterior import posterior_model
-from rtb_rl.rl.prior import ActionDiffusion
+from rtb_rl.rl.posteriors.posterior import posterior_model
+from rtb_rl.rl.posteriors.prior import ActionDiffusion
 from rtb_rl.training import Finetuner, FinetuneSettings, Mix, PretrainSettings, generator_for
 
 SMALL = ActionNetwork(levels=6, width=32, blocks=1)

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from rtb_rl.errors import InputError
-from rtb_rl.rl import Budget, JobSettings, budget_for, job_opening, load_dataset, read_tuning
-from rtb_rl.rl.budget import find_tuning
+from rtb_rl.rl import Budget, JobSettings, budget_for, load_dataset, read_tuning
 from rtb_rl.rl.catalogue import D4RL_TASKS
-from rtb_rl.rl.critic_training import scaled_for_critic
-from rtb_rl.rl.scores import critic_rewards, return_scale
+from rtb_rl.rl.critics.training import scaled_for_critic
+from rtb_rl.rl.episodes.scores import critic_rewards, return_scale
+from rtb_rl.rl.jobs import opening
+from rtb_rl.rl.jobs.budget import find_tuning
 
 TOML = Path(__file__).parents[2] / "agents" / "rtb_iql.toml"
 TABLES = tomllib.loads(TOML.read_text())
@@ -147,7 +148,7 @@ def test_a_table_serves_all_tasks_of_a_family_of_ogbench(name, table, discount):
 
 def test_a_task_without_a_table_is_told_that_it_gets_the_default(capsys):
     for name in ("ant-medium-v2", "hopper-medium-v2", "my-data.hdf5", "hopper-medium-v0"):
-        job_opening._tuning(JobSettings(dataset=name), TOML)
+        opening._tuning(JobSettings(dataset=name), TOML)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2
     assert "no table for ant-medium-v2" in lines[0] and "beta 3, expectile 0.7" in lines[0]
@@ -155,7 +156,7 @@ def test_a_task_without_a_table_is_told_that_it_gets_the_default(capsys):
 
 
 def test_a_file_of_d4rl_gets_the_table_of_its_task():
-    tuning = job_opening._tuning(JobSettings(dataset="folder/hopper_medium_expert-v2.hdf5"), TOML)
+    tuning = opening._tuning(JobSettings(dataset="folder/hopper_medium_expert-v2.hdf5"), TOML)
     assert tuning.beta == 2.0
 
 
@@ -164,4 +165,4 @@ def test_a_file_of_ogbench_gets_the_table_of_its_task():
         dataset="folder/humanoidmaze-medium-navigate-v0.npz",
         env_id="humanoidmaze-medium-singletask-task3-v0",
     )
-    assert job_opening._tuning(settings, TOML).discount == 0.995
+    assert opening._tuning(settings, TOML).discount == 0.995

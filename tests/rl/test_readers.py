@@ -12,10 +12,10 @@ from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
 
 from rtb_rl.errors import InputError
-from rtb_rl.rl import download
 from rtb_rl.rl.catalogue import find_task
-from rtb_rl.rl.readers import load_dataset
-from rtb_rl.rl.summary import summarise
+from rtb_rl.rl.data import download
+from rtb_rl.rl.data.readers import load_dataset
+from rtb_rl.rl.data.summary import summarise
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:minari")
 REAL = Path(__file__).parents[2].parent / "shared" / "data"

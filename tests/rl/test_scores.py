@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from rtb_rl.errors import InputError
 from rtb_rl.rl.catalogue import D4RL_TASKS
-from rtb_rl.rl.dataset import TransitionDataset
-from rtb_rl.rl.scores import (
+from rtb_rl.rl.data.dataset import TransitionDataset
+from rtb_rl.rl.data.summary import summarise
+from rtb_rl.rl.episodes.scores import (
     REFERENCE_RETURNS,
     EpisodeLog,
     antmaze_rewards,
@@ -18,7 +19,6 @@ from rtb_rl.rl.scores import (
     reference_returns,
     return_scale,
 )
-from rtb_rl.rl.summary import summarise
 
 
 def log_of(*episodes: tuple[list[float], str], horizon: int | None = None) -> EpisodeLog:

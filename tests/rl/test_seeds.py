@@ -18,16 +18,16 @@ from rtb_rl.rl import (
     fit_prior,
     load_dataset,
     offline_rl_task,
-    seed_runs,
 )
-from rtb_rl.rl.critic_training import new_critic, new_iql
-from rtb_rl.rl.posterior import new_log_z, objective_of, posterior_model
-from rtb_rl.rl.prior import ActionDiffusion, draw_actions
-from rtb_rl.rl.seed_finetuning import SeedFinetuner, clip_each
-from rtb_rl.rl.seed_runs import Generators, of_seed, stacked_state
-from rtb_rl.rl.seed_task import seed_task
-from rtb_rl.rl.seed_training import SeedIQL, SeedPretrainer
+from rtb_rl.rl.critics.training import new_critic, new_iql
+from rtb_rl.rl.posteriors.posterior import new_log_z, objective_of, posterior_model
+from rtb_rl.rl.posteriors.prior import ActionDiffusion, draw_actions
 from rtb_rl.rl.seeds import fit_critics, fit_posteriors, fit_priors
+from rtb_rl.rl.seeds import runs as seed_runs
+from rtb_rl.rl.seeds.finetuning import SeedFinetuner, clip_each
+from rtb_rl.rl.seeds.runs import Generators, of_seed, stacked_state
+from rtb_rl.rl.seeds.task import seed_task
+from rtb_rl.rl.seeds.training import SeedIQL, SeedPretrainer
 from rtb_rl.training import (
     Finetuner,
     FinetuneSettings,

@@ -11,7 +11,7 @@ import torch
 
 from rtb_rl.errors import InputError
 from rtb_rl.rl import load_dataset
-from rtb_rl.rl.shared_stages import SharedStages
+from rtb_rl.rl.jobs.shared_stages import SharedStages
 
 ROWS = 20
 FACTS = {"seed": 0, "steps": 3}
@@ -20,7 +20,7 @@ import sys, time
 from pathlib import Path
 import torch
 from rtb_rl.rl import load_dataset
-from rtb_rl.rl.shared_stages import SharedStages
+from rtb_rl.rl.jobs.shared_stages import SharedStages
 
 root, own, seconds = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
 ends = torch.ones(20, dtype=torch.bool).numpy()

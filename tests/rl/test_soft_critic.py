@@ -9,17 +9,24 @@ import torch
 from kills import assert_same_stage, checkpoint_often, killed_at
 
 from rtb_rl.errors import CheckpointError, InputError
-from rtb_rl.rl import ActionDiffusion, ActionNetwork, check_critic, load_dataset, prior_actions
-from rtb_rl.rl.dataset import Transitions
-from rtb_rl.rl.prior_actions import draw_prior_actions, linked_states, own_actions
-from rtb_rl.rl.soft_backup import BACKUPS, least, mean_minus_std, soft_value, softmax_value
-from rtb_rl.rl.soft_critic import (
+from rtb_rl.rl import ActionDiffusion, ActionNetwork, check_critic, load_dataset
+from rtb_rl.rl.data.dataset import Transitions
+from rtb_rl.rl.posteriors import prior_actions
+from rtb_rl.rl.posteriors.prior_actions import draw_prior_actions, linked_states, own_actions
+from rtb_rl.rl.posteriors.soft_backup import (
+    BACKUPS,
+    least,
+    mean_minus_std,
+    soft_value,
+    softmax_value,
+)
+from rtb_rl.rl.posteriors.soft_critic import (
     SoftCritic,
     SoftCriticSettings,
     fit_soft_critic,
     load_soft_critic,
 )
-from rtb_rl.rl.soft_q_learning import SoftQLearning
+from rtb_rl.rl.posteriors.soft_q_learning import SoftQLearning
 from rtb_rl.training import generator_for
 
 ACTIONS = torch.tensor([[-0.5], [0.5]])
@@ -177,7 +184,9 @@ def test_a_terminal_step_ends_the_return_and_a_cut_one_does_not(
     terminal, value, tmp_path, monkeypatch
 ) -> None:
     """Reward 1, discount 1/2: the return is 1, or 1 + 1/2 + 1/4 + ... = 2 in every next state."""
-    monkeypatch.setattr("rtb_rl.rl.soft_critic.scaled_for_critic", lambda data, _: (data, ""))
+    monkeypatch.setattr(
+        "rtb_rl.rl.posteriors.soft_critic.scaled_for_critic", lambda data, _: (data, "")
+    )
     one, end = np.ones((64, 2), np.float32), np.full(64, terminal)
     arrays = dict(
         observations=one,

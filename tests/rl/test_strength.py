@@ -7,7 +7,7 @@ import torch
 
 from rtb_rl.core import effective_sample_size
 from rtb_rl.errors import InputError
-from rtb_rl.rl.strength import LARGEST, check_share, largest_beta
+from rtb_rl.rl.posteriors.strength import LARGEST, check_share, largest_beta
 
 
 def test_of_gaussian_rewards_beta_is_that_of_the_closed_form():

@@ -10,8 +10,9 @@ from torch import nn
 
 from rtb_rl.errors import InputError
 from rtb_rl.rl import load_dataset
-from rtb_rl.rl.dataset import Transitions
-from rtb_rl.rl.td3_bc import (
+from rtb_rl.rl.critics.twin_q import TwinQ
+from rtb_rl.rl.data.dataset import Transitions
+from rtb_rl.rl.peers.td3_bc import (
     TD3BC,
     DeterministicPolicy,
     TD3BCSettings,
@@ -19,7 +20,6 @@ from rtb_rl.rl.td3_bc import (
     load_td3_bc,
     policy_loss,
 )
-from rtb_rl.rl.twin_q import TwinQ
 from rtb_rl.training import generator_for
 
 STATES = torch.eye(3)

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from rtb_rl.errors import InputError
-from rtb_rl.rl.behaviour import UniformPolicy
-from rtb_rl.rl.evaluation import evaluate
-from rtb_rl.rl.video import record_episode
+from rtb_rl.rl.data.behaviour import UniformPolicy
+from rtb_rl.rl.episodes.evaluation import evaluate
+from rtb_rl.rl.episodes.video import record_episode
 
 POLICY = UniformPolicy(-torch.ones(3), torch.ones(3))
 

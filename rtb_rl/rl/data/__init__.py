@@ -1,0 +1,1 @@
+"""Recorded transitions: read, downloaded, checked, summarised; and collected anew."""

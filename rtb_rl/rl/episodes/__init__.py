@@ -1,0 +1,1 @@
+"""Environments, and episodes of policies in them: returns, scores, curves, films."""

@@ -1,0 +1,1 @@
+"""A program from its data to its results: budgets, shared stages, reports, saved runs."""

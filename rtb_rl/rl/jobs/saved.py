@@ -1,0 +1,182 @@
+"""Policies of finished runs, rebuilt from their files alone."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from rtb_rl.core import Sampler
+from rtb_rl.errors import InputError
+from rtb_rl.rl.critics.critic import Critic, IQLCritic, load_critic
+from rtb_rl.rl.critics.gaussian_policy import GaussianPolicy, MeanActionPolicy
+from rtb_rl.rl.critics.training import CriticSettings, new_critic
+from rtb_rl.rl.data.readers import load_dataset
+from rtb_rl.rl.episodes.evaluation import Policy
+from rtb_rl.rl.fitted import fitted_config
+from rtb_rl.rl.peers.d3rlpy_peer import load_d3rlpy
+from rtb_rl.rl.peers.diffusion_q import load_diffusion_q
+from rtb_rl.rl.peers.energy_guidance import load_energy_guidance
+from rtb_rl.rl.peers.td3_bc import load_td3_bc
+from rtb_rl.rl.posteriors.amortised import AmortisedPolicy, amortised_model
+from rtb_rl.rl.posteriors.policy import DiffusionPolicy
+from rtb_rl.rl.posteriors.posterior import posterior_model
+from rtb_rl.rl.posteriors.prior import ActionDiffusion, ActionNetwork
+from rtb_rl.rl.posteriors.soft_critic import load_soft_critic
+from rtb_rl.training.seeding import generator_for
+from rtb_rl.training.stage import load_weights
+
+
+@dataclass(frozen=True)
+class SavedPolicy:
+    """A policy and what it was made for."""
+
+    policy: Policy
+    env_id: str | None
+    reference_returns: tuple[float, float] | None
+
+    def act(self, observations: Tensor, *, generator: Generator) -> Tensor:
+        """Actions [batch, action size] in the environment's units."""
+        return self.policy.act(observations, generator=generator)
+
+
+def load_policy(
+    directory: str | Path, method: str | None = None, *, critic: Critic | None = None
+) -> SavedPolicy:
+    """The policy of a run: that of its program, or of another method it has fitted.
+
+    `critic` stands in for one that the run was given as a Python object. Raises InputError for a
+    directory without a finished run or a method it has not fitted.
+    """
+    root = Path(directory)
+    config = fitted_config(root)
+    method = method or config.get("method")
+    if method not in LOADERS:
+        raise InputError(f"method {method!r} is none of {', '.join(LOADERS)}; name one of these")
+    policy = LOADERS[method](root, config, critic)
+    reference = config["reference_returns"]
+    return SavedPolicy(policy, config["env_id"], tuple(reference) if reference else None)
+
+
+def _prior(root: Path, config: dict[str, Any], critic: Critic | None) -> Policy:
+    return _acting(load_prior(root / "prior").sampler, config)
+
+
+def _iql(root: Path, config: dict[str, Any], critic: Critic | None) -> Policy:
+    return MeanActionPolicy(load_gaussian(root / "iql"))
+
+
+def _best_of_n(root: Path, config: dict[str, Any], critic: Critic | None) -> Policy:
+    return _acting(load_prior(root / "prior").sampler, config, critic or load_run_critic(root))
+
+
+def _rtb(root: Path, config: dict[str, Any], critic: Critic | None) -> Policy:
+    return _acting(_posterior(root, config, critic).sampler, config)
+
+
+def _rtb_best_of_n(root: Path, config: dict[str, Any], critic: Critic | None) -> Policy:
+    chosen_by = critic or load_run_critic(root)
+    return _acting(_posterior(root, config, chosen_by).sampler, config, chosen_by)
+
+
+def _amortised(root: Path, config: dict[str, Any], critic: Critic | None) -> Policy:
+    stage, prior = fitted_config(root / "amortised"), load_prior(root / "prior")
+    network = ActionNetwork(**stage["amortised"]["network"])
+    model = amortised_model(prior, stage["observation_size"], network, seed=0)
+    load_weights(root / "amortised", model)
+    model.requires_grad_(False).eval()
+    sampler = Sampler(prior.diffusion, model)
+    return AmortisedPolicy(_acting(sampler, config), stage["acting_beta"])
+
+
+def _qgpo(root: Path, config: dict[str, Any], critic: Critic | None) -> Policy:
+    scale = config["settings"]["qgpo"]["scale"]
+    return load_energy_guidance(root / "qgpo", load_prior(root / "prior"), scale=scale)
+
+
+Loader = Callable[[Path, dict[str, Any], Critic | None], Policy]
+
+LOADERS: dict[str, Loader] = {
+    "prior": _prior,
+    "iql": _iql,
+    "best_of_n": _best_of_n,
+    "rtb": _rtb,
+    "rtb_best_of_n": _rtb_best_of_n,
+    "rtb_amortised": _amortised,
+    "qgpo": _qgpo,
+    "dql": lambda root, config, critic: load_diffusion_q(root / "dql"),
+    "td3_bc": lambda root, config, critic: load_td3_bc(root / "td3_bc"),
+    "d3rlpy_iql": lambda root, config, critic: load_d3rlpy(root / "d3rlpy"),
+    "d3rlpy_cql": lambda root, config, critic: load_d3rlpy(root / "d3rlpy"),
+}
+"""Method -> its policy from the directory of a run, the run's configuration, and the critic where
+it was given as a Python object."""
+
+
+def _posterior(root: Path, config: dict[str, Any], critic: Critic | None) -> ActionDiffusion:
+    langevin = fitted_config(root / "posterior")["posterior"]["langevin"]
+    needed = critic or load_run_critic(root) if langevin else critic
+    posterior = posterior_model(load_prior(root / "prior"), needed, langevin=langevin)
+    load_weights(root / "posterior", posterior)
+    return posterior.requires_grad_(False).eval()
+
+
+def _acting(
+    sampler: Sampler, config: dict[str, Any], critic: Critic | None = None
+) -> DiffusionPolicy:
+    """Acts by draws of the sampler, or by the one of several that a critic chooses."""
+    return DiffusionPolicy(
+        sampler,
+        action_low=torch.tensor(config["action_low"]),
+        action_high=torch.tensor(config["action_high"]),
+        candidates=1 if critic is None else config["candidates"],
+        critic=critic,
+    )
+
+
+def load_prior(directory: Path) -> ActionDiffusion:
+    """The behaviour prior that `fit_prior` left in a directory."""
+    config = fitted_config(directory)
+    model = ActionDiffusion(
+        config["observation_size"],
+        config["action_size"],
+        ActionNetwork(**config["network"]),
+        generator=generator_for(0, "replaced"),
+    )
+    load_weights(directory, model)
+    return model.requires_grad_(False).eval()
+
+
+def load_gaussian(directory: Path) -> GaussianPolicy:
+    """The Gaussian policy that `fit_gaussian_policy` left in a directory."""
+    config = fitted_config(directory)
+    policy = GaussianPolicy(
+        config["observation_size"],
+        action_low=torch.tensor(config["action_low"]),
+        action_high=torch.tensor(config["action_high"]),
+        generator=generator_for(0, "replaced"),
+    )
+    load_weights(directory, policy)
+    return policy.requires_grad_(False).eval()
+
+
+def load_run_critic(root: Path) -> Critic:
+    """The critic of a run: the user's, by its name, or the one that the run fitted."""
+    config = fitted_config(root)
+    if config.get("critic"):
+        return load_critic(config["critic"], load_dataset(config["source"]))
+    if (root / "soft_critic").exists():
+        return load_soft_critic(root / "soft_critic")
+    return load_iql_critic(root / "critic")
+
+
+def load_iql_critic(directory: Path) -> IQLCritic:
+    """The critic that `fit_critic` left in a directory."""
+    config = fitted_config(directory)
+    critic = new_critic(
+        config["observation_size"], config["action_size"], CriticSettings(**config["critic"])
+    )
+    load_weights(directory, critic)
+    return critic.requires_grad_(False).eval()

@@ -1,0 +1,1 @@
+"""Other methods of offline RL, trained on the same data, priors and critics."""
