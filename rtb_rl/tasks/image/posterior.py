@@ -18,7 +18,7 @@ from rtb_rl.core import Sampler, rollout
 from rtb_rl.errors import InputError
 from rtb_rl.tasks.image.export import export_posterior
 from rtb_rl.tasks.image.images import to_images
-from rtb_rl.tasks.image.start import fit_start
+from rtb_rl.tasks.image.start import fit_start, start_conditions
 from rtb_rl.tasks.image.target import ImageTarget, check_reward
 from rtb_rl.tasks.image.trainers import (
     MakeTrainer,
@@ -119,6 +119,8 @@ def fit_posterior(
     accelerator = Accelerator()
     task, unet = posterior_task(prior, target, settings, seed=seed)
     check_reward(task, seed=seed)
+    if settings.start is not None:
+        start_conditions(target, _device(task))
     config = _config(prior, target, settings, make_trainer, seed)
 
     def new_trainer() -> Trainer:

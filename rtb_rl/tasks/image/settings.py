@@ -5,13 +5,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rtb_rl.tasks.image.classifier import ClassifierSettings
-from rtb_rl.tasks.image.follow import FollowSettings
-from rtb_rl.tasks.image.guide import ValueSettings
 from rtb_rl.tasks.image.images import ImageDataset
 from rtb_rl.tasks.image.prior import PriorSettings
-from rtb_rl.tasks.image.start import StartSettings
 from rtb_rl.tasks.image.trainers import PosteriorSettings
 from rtb_rl.training.pretrain import PretrainSettings
+from rtb_rl.training.rewarded import RewardedSettings
 
 BudgetName = Literal["smoke", "demo", "full"]
 
@@ -79,11 +77,7 @@ def _larger() -> Budget:
         judge=ClassifierSettings(steps=1500, width=24),
         posterior=replace(
             _with(PosteriorSettings(), updates=30, conditions=64),
-            start=StartSettings(
-                value=ValueSettings(draws=5000, steps=1000, batch=96, width=16),
-                trial_paths=100,
-                follow=FollowSettings(steps=1000, batch=96, paths=64, every=25, learning_rate=1e-4),
-            ),
+            start=RewardedSettings(draws=6000, steps=2000, batch=96),
         ),
         reference_draws=5000,
         draws=1000,
@@ -103,11 +97,7 @@ def _colour() -> Budget:
         judge=ClassifierSettings(steps=2000, width=64),
         posterior=replace(
             _with(PosteriorSettings(), updates=30, conditions=64, chunk=512),
-            start=StartSettings(
-                value=ValueSettings(draws=5000, steps=800, batch=128, width=48),
-                trial_paths=200,
-                follow=FollowSettings(steps=500, batch=128, paths=128, every=50, kept=5),
-            ),
+            start=RewardedSettings(draws=6000, steps=2000),
         ),
         reference_draws=5000,
         draws=1000,
@@ -120,11 +110,7 @@ def _demo(budget: Budget) -> Budget:
         prior=replace(budget.prior, pretrain=replace(budget.prior.pretrain, steps=1500)),
         posterior=replace(
             _with(budget.posterior, updates=30),
-            start=StartSettings(
-                value=ValueSettings(draws=3000, steps=600, width=16),
-                trial_paths=150,
-                follow=FollowSettings(steps=500, paths=100),
-            ),
+            start=RewardedSettings(draws=3000, steps=500),
         ),
         reference_draws=2000,
         draws=500,
@@ -142,11 +128,7 @@ def _smoke(budget: Budget) -> Budget:
         judge=tiny,
         posterior=replace(
             posterior,
-            start=StartSettings(
-                value=ValueSettings(draws=40, steps=10, batch=16, width=4),
-                trial_paths=8,
-                follow=FollowSettings(steps=10, batch=16, paths=8, every=5),
-            ),
+            start=RewardedSettings(draws=40, steps=10, batch=16),
             diagnostic_rows=2,
             diagnostic_samples=8,
             log_every=2,

@@ -45,6 +45,8 @@ class ImageTarget:
     """The prior's U-Net -> the posterior's, which starts as the same function."""
     encode: Encode | None = None
     """How the posterior's U-Net is told the condition."""
+    classes: int | None = None
+    """How many conditions there are, where they can be counted: 0..classes - 1."""
     log_z: Callable[[int], LearnedLogZ] = lambda paths: ScalarLogZ()
     """The estimate of log Z for so many paths a condition."""
 
@@ -88,6 +90,7 @@ def every_class_target(classifier: Classifier, classes: int) -> ImageTarget:
         draw,
         lambda unet: with_classes(unet, classes),
         _labels,
+        classes,
         log_z,
     )
 
@@ -115,7 +118,7 @@ def measurement_target(measurement: Measurement, draws: Tensor) -> ImageTarget:
         draw,
         lambda unet: with_channels(unet, probe.shape[1]),
         encode,
-        _group_mean,
+        log_z=_group_mean,
     )
 
 

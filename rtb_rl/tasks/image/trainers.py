@@ -14,11 +14,11 @@ from rtb_rl.baselines.trained import (
 )
 from rtb_rl.core import huber, linex, rtb, square
 from rtb_rl.core.objective import Penalty
-from rtb_rl.tasks.image.start import StartSettings
 from rtb_rl.tasks.image.target import ImageTarget
 from rtb_rl.training.finetune import Finetuner
 from rtb_rl.training.mix import Mix
 from rtb_rl.training.posterior_stage import Trainer
+from rtb_rl.training.rewarded import RewardedSettings
 from rtb_rl.training.settings import FinetuneSettings
 from rtb_rl.training.task import Task
 
@@ -44,8 +44,10 @@ class PosteriorSettings:
             average_decay=0.97,
         )
     )
-    start: StartSettings | None = field(default_factory=StartSettings)
-    """What comes before: the posterior learns to follow a guide. None: it starts as the prior."""
+    start: RewardedSettings | None = field(
+        default_factory=lambda: RewardedSettings(draws=6000, steps=1500)
+    )
+    """What comes before: the posterior learns from rewarded draws. None: it starts as the prior."""
     linex_limit: float | None = 4.0
     """Residuals have the linex penalty, linear below minus so many nats; None: another penalty."""
     huber_threshold: float | None = 20.0

@@ -70,7 +70,7 @@ def text_to_image_task(
     unet: Any = prior.pipeline.unet
     if settings.start is not None and settings.learned_start:
         raise InputError(
-            "a start from paths of the prior and a learned law of the first noise don't go"
+            "a start from draws of the prior and a learned law of the first noise don't go"
             " together; leave one out"
         )
     if settings.lora_rank is None:
@@ -122,7 +122,7 @@ def fit_text_to_image(
     run = open_posterior_run(Path(directory), config, accelerator)
     networks = {prior.denoiser, task.posterior}
     start = partial(
-        fit_start, task=task, prompts=len(target.prompts), settings=settings.start, seed=seed
+        fit_start, prior=prior, target=target, task=task, settings=settings.start, seed=seed
     )
     results = fit_posterior_stage(
         run,
@@ -140,7 +140,6 @@ def fit_text_to_image(
             beta=nominal_beta(settings, task.diffusion.event_shape),
             networks=networks,
             batch=settings.finetune.draw_batch or DRAW_BATCH,
-            facts={**target.prompts.facts, **prior_facts(prior)},
         ),
     )
     posterior = TextToImagePosterior(prior, task, unet, results)

@@ -57,12 +57,18 @@ def prior_draws(
     *,
     batch: int,
     seed: int,
+    purpose: str = "prior draws",
 ) -> PriorDraws:
-    """`count` draws of the prior for each prompt, `batch` at a time, kept in a directory."""
+    """`count` draws of the prior for each prompt, `batch` at a time, kept in a directory.
+
+    Those for another `purpose` are independent.
+    """
     asked = {"draws": count, "batch": batch, "seed": seed, "reward": target.name}
+    if purpose != "prior draws":
+        asked["purpose"] = purpose
     run = Run(directory, {**asked, **prior_facts(prior), **target.prompts.facts})
     device, log_reward = prior.diffusion.signal.device, target.log_reward(prior)
-    generator = generator_for(seed, "prior draws", device=device)
+    generator = generator_for(seed, purpose, device=device)
 
     def draw(condition: Tensor) -> dict[str, Tensor]:
         x0 = prior.sampler.sample(condition, 1, generator=generator)[:, 0]

@@ -7,8 +7,8 @@ from typing import Any, Literal
 from rtb_rl.tasks.text_to_image.shapes_prior import ShapesPriorSettings
 from rtb_rl.tasks.text_to_image.trainers import TextToImagePosteriorSettings
 from rtb_rl.training.mix import Mix
+from rtb_rl.training.rewarded import RewardedSettings
 from rtb_rl.training.settings import FinetuneSettings
-from rtb_rl.training.tilt import TiltSettings
 
 SHAPES = "shapes"
 SHAPES_PROMPT = "a shape"
@@ -104,7 +104,7 @@ def _shapes() -> Budget:
         lora_rank=None,
         linex_limit=4.0,
         look_ahead=True,
-        start=TiltSettings(),
+        start=RewardedSettings(),
         diagnostic_samples=1000,
     )
     return Budget(
@@ -133,7 +133,7 @@ def _pipeline() -> Budget:
 
 def _demo(budget: Budget) -> Budget:
     given = budget.posterior
-    start = given.start and replace(given.start, paths=1000, steps=given.start.steps // 4)
+    start = given.start and replace(given.start, draws=1000, steps=given.start.steps // 4)
     posterior = replace(
         _with(given, updates=max(1, given.finetune.updates // 4)),
         start=start,
@@ -163,7 +163,7 @@ def _smoke(budget: Budget) -> Budget:
         prior=budget.prior and _tiny(budget.prior),
         posterior=replace(
             tiny,
-            start=tiny.start and TiltSettings(paths=16, steps=4, batch=8),
+            start=tiny.start and RewardedSettings(draws=16, steps=4, batch=8),
             diagnostic_samples=4,
             log_every=2,
             grid_every=2,

@@ -21,10 +21,10 @@ from rtb_rl.training.finetune import Finetuner
 from rtb_rl.training.mix import Mix
 from rtb_rl.training.optimisers import adamw, eight_bit_adamw
 from rtb_rl.training.posterior_stage import Trainer
+from rtb_rl.training.rewarded import RewardedSettings
 from rtb_rl.training.seeding import generator_for
 from rtb_rl.training.settings import FinetuneSettings
 from rtb_rl.training.task import Task
-from rtb_rl.training.tilt import TiltSettings
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class TextToImagePosteriorSettings:
     """Less noise in the gradient for one decoding and one reward more a step that gets one."""
     learned_start: bool = False
     """Learn the law of the first noise, for a chain that keeps signal at its last level."""
-    start: TiltSettings | None = None
+    start: RewardedSettings | None = None
     """What comes before, where paths of the prior are cheap: regression on their rewards. None: the
     posterior starts as the prior."""
     gradient_checkpointing: bool = False

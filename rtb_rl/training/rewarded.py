@@ -1,0 +1,199 @@
+"""A posterior's denoiser by regression on rewarded draws of the prior, before any path of its own.
+
+The denoiser of prior * r^beta / Z is E[w x_0 | x_k] / E[w | x_k] with w = r(x_0)^beta / Z. For D,
+the prior's, and any b that depends on x_k alone it is also
+
+    D(x_k) + E[(w - b) (x_0 - D) | x_k] / E[w | x_k]
+
+since E[x_0 - D | x_k] = 0. As b = r(D(x_k))^beta / Z takes what x_k already says of the reward out
+of the noise, levels at which it says all are left where they are. What remains of it at a level is
+proportional to E|x_0 - D|^2, by which the loss of that level is divided: the weights of levels move
+no minimiser, and by the divergence of paths (weights 1 / s^2) nearly all noise would come from the
+last few levels, where nothing is to be learned.
+
+The draws are noised, so this is exact where the prior's chain reverses the noising; trajectory
+balance over paths comes after it. The reward needs no gradient.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor, nn
+
+from rtb_rl.core import GaussianDiffusion, conditions
+from rtb_rl.core.protocols import Condition
+from rtb_rl.errors import InputError
+from rtb_rl.training.checkpoint import Stateful
+from rtb_rl.training.ema import Average, TrainedState
+from rtb_rl.training.pretrain import random_level
+from rtb_rl.training.rates import cosine
+from rtb_rl.training.rewarded_draws import RewardedDraws, coupled_choice
+from rtb_rl.training.scoring import score
+from rtb_rl.training.seeding import GeneratorState
+from rtb_rl.training.task import Task
+
+PROBES = 128
+"""Draws that measure the noise of a level."""
+
+
+@dataclass(frozen=True)
+class RewardedSettings:
+    """How a posterior learns from rewarded draws of the prior."""
+
+    draws: int = 10_000
+    """In all."""
+    steps: int = 1000
+    batch: int = 128
+    conditions: int = 10
+    """For each draw, at most; one of them is learned from, chosen by its weight."""
+    learning_rate: float = 3e-4
+    """Falls to zero along a cosine, after `warmup` steps of rising to it."""
+    warmup: int = 100
+    input_rate: float = 30.0
+    """Rate of inputs that the prior's network lacks, as a multiple: these start at zero."""
+    gradient_clip: float = 10.0
+    average_decay: float = 0.99
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Noised draws x [n, *event] of the prior, its predictions and their errors, the rows chosen by
+    weight and by guess, and the means of both.
+    """
+
+    x: Tensor
+    level: Tensor
+    before: Tensor
+    error: Tensor
+    kept: Tensor
+    guessed: Tensor
+    weight: Tensor
+    guess: Tensor
+
+
+class RewardedTrainer:
+    """Moves `task.posterior` from the prior to the denoiser of the target; `average.module` is the
+    result.
+
+    With u = posterior - D, v = x_0 - D, c chosen among the rows of a draw in proportion to w and c'
+    in proportion to b, W and B their means over the rows, and n_k = E|v|^2 at level k the loss is
+    K (W (|u_c|^2 / 2 - u_c . v) + B u_c' . v) / n_k. InputError for another diffusion than
+    GaussianDiffusion.
+    """
+
+    name = "start"
+
+    def __init__(
+        self,
+        task: Task,
+        draws: RewardedDraws,
+        beta: float,
+        settings: RewardedSettings,
+        *,
+        new_inputs: Iterable[nn.Parameter] = (),
+        generator: Generator,
+    ):
+        if not isinstance(task.diffusion, GaussianDiffusion):
+            raise InputError(
+                "a start from rewarded draws needs a GaussianDiffusion, not"
+                f" {type(task.diffusion).__name__}; leave out the start, or the learned law of the"
+                " first noise"
+            )
+        self.task, self.draws, self.beta, self.settings = task, draws, beta, settings
+        self.generator, self.diffusion = generator, task.diffusion
+        self.trained = [p for p in task.posterior.parameters() if p.requires_grad]
+        self.average = Average(task.posterior, settings.average_decay)
+        fresh = {id(p) for p in new_inputs}
+        groups = [
+            {"params": [p for p in self.trained if (id(p) in fresh) == is_new], "times": times}
+            for is_new, times in ((False, 1.0), (True, settings.input_rate))
+        ]
+        self.optimiser = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            settings.learning_rate,
+            weight_decay=0.0,
+            fused=True,
+        )
+        self.noise = self._noise()
+
+    def update(self, step: int) -> Mapping[str, Tensor]:
+        """One gradient step."""
+        settings = self.settings
+        rate = cosine(settings.learning_rate, step, settings.steps)
+        rate *= min(1.0, (step + 1) / settings.warmup)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate * group["times"]
+        loss = self.loss(settings.batch)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.trained, settings.gradient_clip)
+        self.optimiser.step()
+        self.average.update(self.task.posterior)
+        return {"start/loss": loss.detach(), "start/gradient_norm": norm}
+
+    def loss(self, n: int) -> Tensor:
+        """Of `n` draws at random levels; a scalar with graph."""
+        level = random_level(n, self.diffusion.levels, generator=self.generator)
+        drawn = self._draw(level)
+        moved, gain, guessed_gain = self._moved(drawn)
+        each = drawn.weight * (moved / 2 - gain) + drawn.guess * guessed_gain
+        return self.diffusion.levels * (each / self.noise[level]).mean()
+
+    @torch.no_grad()
+    def _draw(self, level: Tensor) -> "_Drawn":
+        """Draws of the prior at these levels, with what they weigh and are guessed to."""
+        generator, task = self.generator, self.task
+        given = (len(level), self.settings.conditions)
+        x0, rows, log_weight = self.draws.sample(*given, generator=generator)
+        x = self.diffusion.corrupt(x0, level, generator=generator)
+        before = task.prior(x, level, self._condition(rows[:, 0]))
+        log_guess = self._log_guess(before, rows).clamp(max=log_weight.max())
+        laws = (log_weight.softmax(1), log_guess.softmax(1))
+        kept, guessed = (
+            rows.gather(1, chosen[:, None])[:, 0]
+            for chosen in coupled_choice(*laws, generator=generator)
+        )
+        weight, guess = log_weight.exp().mean(1), log_guess.exp().mean(1)
+        return _Drawn(x, level, before, x0 - before, kept, guessed, weight, guess)
+
+    def _moved(self, drawn: "_Drawn") -> tuple[Tensor, Tensor, Tensor]:
+        """|u|^2 and u . error for the rows `kept`, u . error for the rows `guessed`: [n] each. The
+        network is asked again only where the two differ.
+        """
+        n, other = len(drawn.x), (drawn.kept != drawn.guessed).nonzero()[:, 0]
+        both = torch.cat([torch.arange(n, device=other.device), other])
+        condition = self._condition(torch.cat([drawn.kept, drawn.guessed[other]]))
+        after = self.task.posterior(drawn.x[both], drawn.level[both], condition)
+        shift = (after - drawn.before[both]).flatten(1)
+        gain = (shift * drawn.error[both].flatten(1)).sum(1)
+        return shift[:n].square().sum(1), gain[:n], gain[:n].index_put((other,), gain[n:])
+
+    @torch.no_grad()
+    def _log_guess(self, prediction: Tensor, rows: Tensor) -> Tensor:
+        """beta log r - log Z of the prior's predictions for some rows of each: [n, m]."""
+        times = rows.shape[1]
+        repeated = prediction.repeat_interleave(times, 0)
+        found = score(self.task, repeated, self._condition(rows.flatten()))[0]
+        return self.beta * found.reshape(rows.shape) - self.draws.log_z[rows]
+
+    def _noise(self) -> Tensor:
+        """E|x_0 - D(x_k)|^2 at each level, [K + 1]; 1 at level 0."""
+        found = [torch.ones((), device=self.generator.device)]
+        for k in range(1, self.diffusion.levels + 1):
+            drawn = self._draw(torch.full((PROBES,), k, device=self.generator.device))
+            found.append(drawn.error.flatten(1).square().sum(1).mean())
+        return torch.stack(found)
+
+    def _condition(self, rows: Tensor) -> Condition:
+        return conditions.take(self.draws.condition, rows)
+
+    @property
+    def parts(self) -> dict[str, Stateful]:
+        """All that a checkpoint must hold."""
+        return {
+            "posterior": TrainedState(self.task.posterior),
+            "average": self.average,
+            "optimiser": self.optimiser,
+            "generator": GeneratorState(self.generator),
+        }
