@@ -71,7 +71,6 @@ def _larger() -> Budget:
             attention=False,
             levels=20,
             pretrain=PretrainSettings(steps=4000, batch=64),
-            half_precision=True,
         ),
         classifier=ClassifierSettings(steps=1500, width=16),
         judge=ClassifierSettings(steps=1500, width=24),
