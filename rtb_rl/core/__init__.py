@@ -66,7 +66,14 @@ from rtb_rl.core.schedules import (
     zero_terminal_signal,
 )
 from rtb_rl.core.start import StandardStart, StartStep
-from rtb_rl.core.trajectory import Trajectory, log_ratio, noise_back, rollout, rollout_against
+from rtb_rl.core.trajectory import (
+    Trajectory,
+    log_ratio,
+    noise_back,
+    rollout,
+    rollout_against,
+    rollout_step_by_step,
+)
 
 __all__ = [
     "ConditionalLogZ",
@@ -127,6 +134,7 @@ __all__ = [
     "residual",
     "rollout",
     "rollout_against",
+    "rollout_step_by_step",
     "rtb",
     "rtb_loss",
     "square",

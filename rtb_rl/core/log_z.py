@@ -79,3 +79,7 @@ class GroupMeanLogZ(nn.Module):
             raise ValueError(f"{len(log_weight)} paths can't be cut into groups of {self.size}")
         mean = log_weight.reshape(-1, self.size).mean(1)
         return mean.repeat_interleave(self.size)
+
+    def of_others(self, log_weight: Tensor) -> Tensor:
+        """The mean over the other paths of each path's group: [batch], blind to the path itself."""
+        return (self.size * self(None, log_weight) - log_weight) / (self.size - 1)

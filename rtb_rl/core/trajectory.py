@@ -53,7 +53,6 @@ def rollout(
     return Trajectory(torch.stack(path[::-1]), condition)
 
 
-@torch.no_grad()
 def rollout_against(
     diffusion: Diffusion,
     denoiser: Denoiser,
@@ -70,19 +69,40 @@ def rollout_against(
     `widening` the paths are drawn from kernels so much wider, which explores; the log-ratio is that
     of the denoisers all the same.
     """
+    trajectory, so_far = rollout_step_by_step(
+        diffusion, denoiser, other, condition, batch, widening=widening, generator=generator
+    )
+    return trajectory, so_far[0]
+
+
+@torch.no_grad()
+def rollout_step_by_step(
+    diffusion: Diffusion,
+    denoiser: Denoiser,
+    other: Denoiser,
+    condition: Condition,
+    batch: int,
+    *,
+    widening: float = 1.0,
+    generator: Generator,
+) -> tuple[Trajectory, Tensor]:
+    """`rollout_against` with the log-ratio from x[K] down to each x[k]: [K + 1, batch].
+
+    Row K is zero, row 0 the log-ratio of whole paths.
+    """
     conditions.check_rows(condition, batch)
     x = diffusion.start(batch, generator=generator)
-    path, total = [x], None
+    path, so_far = [x], []
     for k in range(diffusion.levels, 0, -1):
         level = _constant_level(k, x)
         kernel = diffusion.kernel(denoiser(x, level, condition), x, level)
         reference = diffusion.kernel(other(x, level, condition), x, level)
         x = (kernel if widening == 1 else kernel.widened(widening)).sample(generator=generator)
         step = kernel.log_ratio(reference, x)
-        total = step if total is None else total + step
+        so_far.append(so_far[-1] + step if so_far else step)
         path.append(x)
-    assert total is not None
-    return Trajectory(torch.stack(path[::-1]), condition), total
+    so_far = [torch.zeros_like(so_far[0]), *so_far]
+    return Trajectory(torch.stack(path[::-1]), condition), torch.stack(so_far[::-1])
 
 
 @torch.no_grad()

@@ -4,13 +4,12 @@
 
 from collections.abc import Mapping
 
-import torch
 from accelerate import Accelerator
 from torch import Generator, Tensor, nn
 
 from rtb_rl.core import (
+    GroupMeanLogZ,
     backward_in_chunks,
-    conditions,
     log_weight,
     random_levels,
     residual,
@@ -74,7 +73,8 @@ class Finetuner:
         decay = 1 - (1 - settings.last_learning_rate) * step / settings.updates
         self.optimiser.param_groups[0]["lr"] = settings.learning_rate * decay
         parts = self.paths.draw()
-        paths, ratio, log_reward = merge(parts, settings.conditions)
+        drawn = merge(parts, settings.conditions)
+        paths, ratio, log_reward = drawn.path, drawn.log_ratio, drawn.log_reward
         _check_finite(step, log_ratio=ratio)
         ratio.requires_grad_()
         weight = log_weight(log_reward, ratio.detach(), beta)
@@ -87,8 +87,10 @@ class Finetuner:
         loss.backward()
         assert ratio.grad is not None
         if self.control is not None:
-            here = self._on_policy(parts)
-            self.control.begin(ratio.grad, log_z, beta, settings.log_reward_floor, here)
+            known = log_z
+            if isinstance(self.log_z, GroupMeanLogZ):
+                known = self.log_z.of_others(weight)
+            self.control.begin(drawn, ratio.grad, known, beta, settings.log_reward_floor)
         backward_in_chunks(
             task.diffusion,
             task.posterior,
@@ -117,19 +119,11 @@ class Finetuner:
 
     def _bounds(self, part: Part, beta: float) -> Mapping[str, Tensor]:
         """Bounds of log Z from the on-policy paths of this update."""
-        path, ratio, log_reward = part
-        rows = self.settings.conditions if path.condition is not None else 1
-        weight = log_weight(log_reward, ratio, beta).reshape(rows, -1)
+        rows = self.settings.conditions if part.path.condition is not None else 1
+        weight = log_weight(part.log_reward, part.log_ratio, beta).reshape(rows, -1)
         if not self.settings.mix.on_policy or weight.shape[1] < 2:
             return {}
         return {f"rtb/{name}": value for name, value in posterior_bounds(weight).items()}
-
-    def _on_policy(self, parts: list[Part]) -> Tensor:
-        """Whether each of the merged paths was drawn from the posterior as it is: bool [batch]."""
-        drawn = [torch.zeros_like(ratio, dtype=torch.bool) for _, ratio, _ in parts]
-        if self.settings.mix.on_policy:
-            drawn[0][:] = True
-        return conditions.interleave_tensors(drawn, self.settings.conditions)
 
     def _levels(self, batch: int) -> Tensor | None:
         count = self.settings.levels_per_path

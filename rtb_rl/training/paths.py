@@ -1,5 +1,8 @@
 """The paths of an update, from every source of the mix."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Generator, Tensor, nn
 
@@ -9,7 +12,7 @@ from rtb_rl.core import (
     conditions,
     log_ratio,
     noise_back,
-    rollout_against,
+    rollout_step_by_step,
 )
 from rtb_rl.core.protocols import Condition
 from rtb_rl.errors import InputError
@@ -17,8 +20,21 @@ from rtb_rl.training.scoring import score
 from rtb_rl.training.settings import FinetuneSettings
 from rtb_rl.training.task import Task
 
-Part = tuple[Trajectory, Tensor, Tensor]
-"""Paths, their log-ratios (posterior over prior) and their log-rewards."""
+
+@dataclass(frozen=True)
+class Part:
+    """Scored paths of one source, or of all of them.
+
+    `log_ratio` [batch] = log p_post - log p_prior of each, and `log_reward` [batch], nats.
+    `on_policy` [batch]: whether it was drawn from the posterior as it is. `so_far` [K + 1, batch]:
+    for these, the log-ratio of the steps from x[K] down to each x[k]; zero elsewhere.
+    """
+
+    path: Trajectory
+    log_ratio: Tensor
+    log_reward: Tensor
+    on_policy: Tensor
+    so_far: Tensor
 
 
 class PathSource:
@@ -42,21 +58,18 @@ class PathSource:
         if mix.on_policy:
             parts.append(self._rollout(task.posterior, task.prior, condition, mix.on_policy))
         if mix.prior:
-            path, ratio, log_reward = self._rollout(
-                task.prior, task.posterior, condition, mix.prior
-            )
-            parts.append((path, -ratio, log_reward))
+            drawn = self._rollout(task.prior, task.posterior, condition, mix.prior)
+            parts.append(self._elsewhere(drawn.path, -drawn.log_ratio, drawn.log_reward))
         if mix.widened:
-            parts.append(
-                self._rollout(
-                    task.posterior,
-                    task.prior,
-                    condition,
-                    mix.widened,
-                    widening=self.settings.widening,
-                )
+            drawn = self._rollout(
+                task.posterior,
+                task.prior,
+                condition,
+                mix.widened,
+                widening=self.settings.widening,
             )
-        drawn = tuple(parts)
+            parts.append(self._elsewhere(drawn.path, drawn.log_ratio, drawn.log_reward))
+        fresh = tuple(parts)
         if mix.data and x0 is not None:
             parts.append(self._noised(x0, condition, self._log_reward(x0, condition)))
         if mix.replay and len(self.replay):
@@ -64,8 +77,8 @@ class PathSource:
                 self._noised(*self.replay.sample(rows * mix.replay, generator=self.generator))
             )
         if mix.replay:
-            for path, _, log_reward in drawn:
-                self.replay.add(path.x0, path.condition, log_reward)
+            for part in fresh:
+                self.replay.add(part.path.x0, part.path.condition, part.log_reward)
         return parts
 
     def _check_drawn(self, condition: Condition, x0: Tensor | None) -> None:
@@ -96,7 +109,7 @@ class PathSource:
     ) -> Part:
         each = conditions.repeat(condition, times)
         drawn = [
-            rollout_against(
+            rollout_step_by_step(
                 self.task.diffusion,
                 sampler,
                 other,
@@ -110,8 +123,10 @@ class PathSource:
             )
         ]
         x = torch.cat([path.x for path, _ in drawn], 1)
-        ratio = torch.cat([ratio for _, ratio in drawn])
-        return Trajectory(x, each), ratio, self._log_reward(x[0], each)
+        so_far = torch.cat([ratios for _, ratios in drawn], 1)
+        log_reward = self._log_reward(x[0], each)
+        on_policy = torch.ones_like(log_reward, dtype=torch.bool)
+        return Part(Trajectory(x, each), so_far[0], log_reward, on_policy, so_far)
 
     def _noised(self, x0: Tensor, condition: Condition, log_reward: Tensor) -> Part:
         task = self.task
@@ -120,7 +135,13 @@ class PathSource:
             ratio = log_ratio(
                 task.diffusion, task.posterior, task.prior, path, chunk=self.settings.chunk
             )
-        return path, ratio, log_reward
+        return self._elsewhere(path, ratio, log_reward)
+
+    def _elsewhere(self, path: Trajectory, log_ratio: Tensor, log_reward: Tensor) -> Part:
+        """Paths that were not drawn from the posterior."""
+        on_policy = torch.zeros_like(log_ratio, dtype=torch.bool)
+        so_far = log_ratio.new_zeros(path.x.shape[:2])
+        return Part(path, log_ratio, log_reward, on_policy, so_far)
 
     def _log_reward(self, x0: Tensor, condition: Condition) -> Tensor:
         floor = self.settings.log_reward_floor
@@ -131,11 +152,16 @@ class PathSource:
 
 def merge(parts: list[Part], rows: int) -> Part:
     """The parts as one, paths of a condition next to each other."""
-    paths, ratios, log_rewards = zip(*parts, strict=True)
-    x = conditions.interleave_tensors([path.x.transpose(0, 1) for path in paths], rows)
-    condition = conditions.interleave([path.condition for path in paths], rows)
-    return (
-        Trajectory(x.transpose(0, 1), condition),
-        conditions.interleave_tensors(list(ratios), rows),
-        conditions.interleave_tensors(list(log_rewards), rows),
+
+    def joined(take: Callable[[Part], Tensor]) -> Tensor:
+        return conditions.interleave_tensors([take(part) for part in parts], rows)
+
+    x = joined(lambda part: part.path.x.transpose(0, 1)).transpose(0, 1)
+    condition = conditions.interleave([part.path.condition for part in parts], rows)
+    return Part(
+        Trajectory(x, condition),
+        joined(lambda part: part.log_ratio),
+        joined(lambda part: part.log_reward),
+        joined(lambda part: part.on_policy),
+        joined(lambda part: part.so_far.transpose(0, 1)).transpose(0, 1),
     )

@@ -12,6 +12,7 @@ from rtb_rl.core import (
     noise_back,
     rollout,
     rollout_against,
+    rollout_step_by_step,
 )
 from rtb_rl.core.gaussian import large_spread
 
@@ -150,3 +151,14 @@ def test_gradient_of_the_log_ratio_never_reaches_the_prior():
     log_ratio(DIFFUSION, posterior, prior, path()).sum().backward()
     assert posterior.weight.grad is not None
     assert prior.weight.grad is None
+
+
+def test_ratios_so_far_are_those_of_the_steps_down_to_each_level():
+    path, so_far = rollout_step_by_step(
+        DIFFUSION, POSTERIOR, PRIOR, CONDITION, BATCH, generator=seeded()
+    )
+    assert so_far.shape == (path.levels + 1, BATCH) and not so_far[-1].any()
+    for k in range(path.levels):
+        steps = torch.arange(k + 1, path.levels + 1)[:, None].expand(-1, BATCH)
+        wanted = log_ratio(DIFFUSION, POSTERIOR, PRIOR, path, levels=steps)
+        torch.testing.assert_close(so_far[k], wanted.detach())

@@ -28,6 +28,7 @@ from rtb_rl.core import (
     residual,
     rollout,
     rollout_against,
+    rollout_step_by_step,
 )
 from rtb_rl.tasks.toy import Toy, gaussian_chain, linear_reward, shared_spread, token_task
 from rtb_rl.training import Finetuner, FinetuneSettings, Mix, Run, Task, finetune, paths, run
@@ -151,8 +152,9 @@ def test_row_12_the_sum_over_coordinates(catches):
 
 def drawn_residual(source: PathSource, toy: Toy) -> float:
     """The largest residual on the paths of the next update."""
-    _, ratio, log_reward = merge(source.draw(), source.settings.conditions)
-    return float(residual(toy.log_z(None), log_weight(log_reward, ratio, 1.0)).abs().max())
+    drawn = merge(source.draw(), source.settings.conditions)
+    weight = log_weight(drawn.log_reward, drawn.log_ratio, 1.0)
+    return float(residual(toy.log_z(None), weight).abs().max())
 
 
 SMALL = FinetuneSettings(conditions=8, beta_warmup=1, mix=Mix(on_policy=4, data=1))
@@ -180,11 +182,11 @@ def test_row_13_the_prior_term_of_the_path_itself(catches):
     kept: list[Tensor] = []
 
     def stale(diffusion, denoiser, other, *args, **options) -> tuple[Trajectory, Tensor]:
-        path, ratio = rollout_against(diffusion, denoiser, other, *args, **options)
+        path, ratios = rollout_step_by_step(diffusion, denoiser, other, *args, **options)
         kept.append(path_log_prob(diffusion, other, path))
-        return path, ratio + kept[-1] - kept[0]
+        return path, ratios + kept[-1] - kept[0]
 
-    catches(exact_posterior_has_no_residual_twice, paths, "rollout_against", stale)
+    catches(exact_posterior_has_no_residual_twice, paths, "rollout_step_by_step", stale)
 
 
 def test_row_14_the_present_policy_and_levels_scaled(catches):

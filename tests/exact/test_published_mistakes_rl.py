@@ -180,8 +180,9 @@ def test_row_02_data_paths_carry_the_reward(catches):
     draw, noised = PathSource.draw, PathSource._noised
 
     def noisings_of_one_point(self: PathSource) -> list[Part]:
-        path, _, log_reward = draw(self)[-1]
-        return [noised(self, path.x0, path.condition, log_reward) for _ in range(3)]
+        last = draw(self)[-1]
+        path = last.path
+        return [noised(self, path.x0, path.condition, last.log_reward) for _ in range(3)]
 
     def without_reward(self: PathSource, x0: Tensor, condition: Condition, log_reward: Tensor):
         return noised(self, x0, condition, 0 * log_reward)

@@ -9,6 +9,7 @@ from torch import nn
 
 from rtb_rl.core import (
     GaussianDiffusion,
+    GroupMeanLogZ,
     ScalarLogZ,
     Schedule,
     Trajectory,
@@ -23,6 +24,7 @@ from rtb_rl.errors import InputError
 from rtb_rl.nn import ResidualMLP
 from rtb_rl.training import Finetuner, FinetuneSettings, Mix, Run, Task, train
 from rtb_rl.training.control import LookAhead
+from rtb_rl.training.paths import Part, merge
 
 LEVELS = 12
 
@@ -127,17 +129,72 @@ def test_the_first_update_knows_no_slope_and_is_unchanged():
         assert torch.equal(one, other)
 
 
+def part(x, log_ratio, log_reward, on_policy, so_far):
+    return Part(Trajectory(x), log_ratio, log_reward, on_policy, so_far)
+
+
 def test_paths_of_other_sources_keep_their_weights():
     trainer = finetuner(True, mix=Mix(1, prior=1, data=0), conditions=4)
+    for step in range(3):
+        trainer.update(step)
+    drawn = merge(trainer.paths.draw(), 4)
+    here = torch.tensor([True, False] * 4)  # a condition's paths are neighbours
+    assert torch.equal(drawn.on_policy, here)
+    assert drawn.so_far[:, ~here].abs().max() == 0
     control = trainer.control
-    trainer.update(0)
-    call = control.__call__
-    control.begin(torch.ones(8), torch.zeros(8), 1.0, -1e6, trainer._on_policy(
-        [(None, torch.zeros(4), None), (None, torch.zeros(4), None)]))  # fmt: skip
-    control._slope = torch.ones(LEVELS + 1)
-    seen = call(torch.ones(8, 2), torch.full((8,), 3), None, torch.arange(8))
-    assert seen.reshape(4, 2)[:, 1].abs().max() == 0  # a condition's paths are neighbours
-    assert seen.reshape(4, 2)[:, 0].abs().min() > 0
+    control.begin(drawn, torch.ones(8), torch.zeros(8), 1.0, -1e6)
+    seen = control(torch.ones(8, 2), torch.full((8,), 3), None, torch.arange(8))
+    assert seen[~here].abs().max() == 0 and seen[here].abs().min() > 0
+
+
+def observed(control, level, past, rest, seen):
+    """Shows the control paths at a level: residual past + rest, log Z 0."""
+    count, levels = len(past), LEVELS + 1
+    so_far = torch.zeros(levels, count)
+    so_far[level] = past
+    # by rewards of 5 sign(x): what is seen ahead is in the sign of the prediction
+    prediction = torch.stack([-seen.sign(), torch.zeros(count)], 1)
+    log_reward = torch.zeros(count)
+    total = past + rest
+    drawn = part(torch.zeros(levels, count, 2), total, log_reward, torch.ones(count).bool(), so_far)
+    control.begin(drawn, 2 * total / count, torch.zeros(count), 1.0, -1e6)
+    return control(prediction, torch.full((count,), level), None, torch.arange(count))
+
+
+def test_what_is_settled_and_what_is_foreseen_are_guessed_exactly():
+    """Residuals past + a - past / 2 + 0.6 f: a regression on past and f knows all of them."""
+    control, level = LookAhead(two_sided_task(), rtb()), 4
+    generator = torch.Generator().manual_seed(0)
+    for update in range(12):
+        past = torch.randn(400, generator=generator)
+        seen = 5 * torch.randn(400, generator=generator).sign()
+        rest = 1.5 - past / 2 + 0.6 * seen
+        guess = observed(control, level, past, rest, seen)
+        if update == 0:
+            assert guess.abs().max() == 0
+    torch.testing.assert_close(guess, 2 * (past + rest) / 400, rtol=0, atol=2e-4)
+
+
+def test_impossible_points_teach_it_nothing():
+    control = LookAhead(two_sided_task(), rtb())
+    count = 6
+    drawn = part(
+        torch.zeros(LEVELS + 1, count, 2),
+        torch.zeros(count),
+        torch.tensor([0.0, -1e6] * 3),
+        torch.ones(count).bool(),
+        torch.zeros(LEVELS + 1, count),
+    )
+    control.begin(drawn, torch.ones(count), torch.zeros(count), 1.0, -1e6)
+    control(torch.ones(count, 2), torch.full((count,), 2), None, torch.arange(count))
+    assert float(control.sums[2, 0, 0]) == 3 and float(control.sums[2, 0, 3]) == 0
+
+
+def test_a_group_is_told_nothing_of_the_path_itself():
+    """With the group's mean as log Z a guess would know of the path's own end."""
+    weight = torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 8.0])
+    others = GroupMeanLogZ(3).of_others(weight)
+    assert others.tolist() == [4.0, 3.5, 1.5, 6.5, 6.5, 5.0]
 
 
 def test_slopes_survive_an_interruption(tmp_path):
@@ -155,6 +212,8 @@ def test_slopes_survive_an_interruption(tmp_path):
 
 def test_a_prediction_that_is_no_point_is_refused():
     control = LookAhead(two_sided_task(), rtb())
-    control.begin(torch.ones(2), torch.zeros(2), 1.0, -1e6, torch.ones(2, dtype=torch.bool))
+    zero = torch.zeros(2)
+    drawn = part(torch.zeros(3, 2, 2), zero, zero, zero.bool(), torch.zeros(3, 2))
+    control.begin(drawn, torch.ones(2), zero, 1.0, -1e6)
     with pytest.raises(InputError, match="needs a predicted x0"):
         control(object(), torch.tensor([1, 2]), None, torch.arange(2))

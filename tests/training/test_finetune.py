@@ -72,7 +72,8 @@ def test_first_residual_is_log_z_minus_beta_log_r():
 
 def test_paths_of_a_condition_are_neighbours_with_their_own_endpoints():
     finetuner = make_finetuner(make_task(), mix=Mix(on_policy=2, prior=2, data=1))
-    paths, ratio, log_reward = merge(finetuner.paths.draw(), 8)
+    drawn = merge(finetuner.paths.draw(), 8)
+    paths, ratio, log_reward = drawn.path, drawn.log_ratio, drawn.log_reward
     groups = paths.condition.reshape(8, 5)
     assert (groups == groups[:, :1]).all() and len(groups[:, 0].unique()) == 8
     endpoints = paths.x0.reshape(8, 5, 2)
@@ -87,7 +88,8 @@ def test_paths_are_drawn_a_few_at_a_time_and_scored_as_if_together():
     finetuner = make_finetuner(task, mix=Mix(on_policy=2, data=0), draw_batch=5)
     task.posterior.log_scale.data.add_(0.1)
     task.posterior.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
-    ((paths, ratio, log_reward),) = finetuner.paths.draw()
+    (drawn,) = finetuner.paths.draw()
+    paths, ratio, log_reward = drawn.path, drawn.log_ratio, drawn.log_reward
     assert seen == [5] * 3 * LEVELS + [1] * LEVELS
     expected = log_ratio(task.diffusion, task.posterior, task.prior, paths)
     torch.testing.assert_close(ratio, expected.detach())
@@ -140,7 +142,8 @@ def test_replayed_points_keep_their_condition_and_reward():
     finetuner = make_finetuner(task, mix=Mix(on_policy=1, data=0, replay=2))
     for step in range(3):
         finetuner.update(step)
-    paths, _, log_reward = merge(finetuner.paths.draw(), 8)
+    drawn = merge(finetuner.paths.draw(), 8)
+    paths, log_reward = drawn.path, drawn.log_reward
     assert paths.x.shape[1] == 8 * 3
     assert torch.allclose(log_reward, paths.x0.sum(1) + 10 * paths.condition[:, 0])
     replayed = paths.condition.reshape(8, 3)[:, 1:]
@@ -256,9 +259,11 @@ def test_widened_paths_are_wider_and_scored_by_the_unwidened_posterior():
     finetuner = make_finetuner(
         make_task(), mix=Mix(on_policy=1, widened=1, data=0), widening=3.0, conditions=2000
     )
-    (on_policy, ratio, _), (widened, wide_ratio, _) = finetuner.paths.draw()
-    assert widened.x0.std() > 1.5 * on_policy.x0.std()
-    assert not ratio.any() and not wide_ratio.any()  # the posterior starts at the prior
+    on_policy, widened = finetuner.paths.draw()
+    assert widened.path.x0.std() > 1.5 * on_policy.path.x0.std()
+    for drawn in (on_policy, widened):
+        assert not drawn.log_ratio.any()  # the posterior starts at the prior
+    assert on_policy.on_policy.all() and not widened.on_policy.any()
 
 
 def test_the_bounds_of_on_policy_paths_are_logged():

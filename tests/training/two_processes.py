@@ -27,7 +27,7 @@ from rtb_rl.core.gaussian import large_spread
 from rtb_rl.nn import ResidualMLP
 from rtb_rl.training import Finetuner, FinetuneSettings, Mix, Task
 from rtb_rl.training.ema import TrainedState
-from rtb_rl.training.paths import PathSource
+from rtb_rl.training.paths import Part, PathSource
 
 ROWS, LEVELS = 8, 4
 
@@ -44,10 +44,12 @@ class Share:
         self.replay = whole.replay
 
     def draw(self):
-        ((path, ratio, log_reward),) = self.whole.draw()
-        condition = conditions.take(path.condition, self.rows)
-        path = Trajectory(path.x[:, self.rows], condition)
-        return [(path, ratio[self.rows], log_reward[self.rows])]
+        (whole,) = self.whole.draw()
+        condition = conditions.take(whole.path.condition, self.rows)
+        path = Trajectory(whole.path.x[:, self.rows], condition)
+        numbers = (whole.log_ratio, whole.log_reward, whole.on_policy)
+        own = (values[self.rows] for values in numbers)
+        return [Part(path, *own, whole.so_far[:, self.rows])]
 
 
 def trained(

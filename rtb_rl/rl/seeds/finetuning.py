@@ -63,7 +63,8 @@ class SeedFinetuner:
         decay = 1 - (1 - settings.last_learning_rate) * step / settings.updates
         inner.optimiser.param_groups[0]["lr"] = settings.learning_rate * decay
         parts = inner.paths.draw()
-        paths, ratio, log_reward = merge(parts, inner.settings.conditions)
+        drawn = merge(parts, inner.settings.conditions)
+        paths, ratio, log_reward = drawn.path, drawn.log_ratio, drawn.log_reward
         self._check_finite(step, log_ratio=ratio)
         ratio.requires_grad_()
         weight = log_weight(log_reward, ratio.detach(), beta)
@@ -107,10 +108,9 @@ class SeedFinetuner:
 
     def _bounds(self, part: Part, beta: float) -> Mapping[str, Tensor]:
         """Bounds of log Z from the on-policy paths of this update."""
-        _, ratio, log_reward = part
         if self.settings.mix.on_policy < 2:
             return {}
-        weights = self._each(log_weight(log_reward, ratio, beta))
+        weights = self._each(log_weight(part.log_reward, part.log_ratio, beta))
         rows = [posterior_bounds(own.reshape(self.settings.conditions, -1)) for own in weights]
         return {f"rtb/{name}": torch.stack([row[name] for row in rows]) for name in rows[0]}
 

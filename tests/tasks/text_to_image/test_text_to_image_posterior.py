@@ -91,7 +91,8 @@ def test_every_log_ratio_is_zero_at_first_and_the_loss_is_the_variance_of_beta_l
     trainer = relative_trajectory_balance(
         task, target, prior.prompts, settings, seeded(), posterior_stage.Accelerator()
     )
-    ((_, ratio, log_reward),) = trainer.paths.draw()
+    (drawn,) = trainer.paths.draw()
+    ratio, log_reward = drawn.log_ratio, drawn.log_reward
     assert (ratio == 0).all() and len(ratio) == 6
     again = relative_trajectory_balance(
         task, target, prior.prompts, settings, seeded(), posterior_stage.Accelerator()
