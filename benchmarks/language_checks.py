@@ -49,8 +49,8 @@ from rtb_rl.training import (
 )
 from rtb_rl.training.stage import complete
 
-SIZES = ((3, 4), (4, 5), (5, 4))
-"""Tokens and lengths of the exact check."""
+SIZES = ((3, 4, 1200), (4, 5, 3600), (5, 4, 1200))
+"""Tokens, lengths and updates of the exact check."""
 STEPS = 6
 
 Row = dict[str, Any]
@@ -75,7 +75,6 @@ def row(case: str, seed: int, value: float | Tensor, bound: float | None = None)
 def exact_rows(settings: Settings) -> list[Row]:
     """One token a step in a fixed order, where a transformer can be the exact posterior."""
     tuned = FinetuneSettings(
-        updates=40 if settings.fast else 1200,
         beta_warmup=30,
         conditions=1,
         mix=Mix(on_policy=192, prior=64, data=0),
@@ -86,7 +85,8 @@ def exact_rows(settings: Settings) -> list[Row]:
         average_decay=0.99,
     )
     rows = []
-    for vocabulary, length in SIZES:
+    for vocabulary, length, updates in SIZES:
+        tuned = replace(tuned, updates=40 if settings.fast else updates)
         name = f"exact-{vocabulary}-{length}"
         toy = token_task(
             vocabulary,
@@ -100,7 +100,7 @@ def exact_rows(settings: Settings) -> list[Row]:
         tuner = Finetuner(toy.task, log_z, tuned, generator=generator)
 
         def fit(tuner: Finetuner = tuner, run: Run = run, log_z: ScalarLogZ = log_z):
-            seconds = fit_average(run, tuner, tuned.updates, tuner.task.posterior)
+            seconds = fit_average(run, tuner, tuner.settings.updates, tuner.task.posterior)
             return {"seconds": seconds, "log_z": float(log_z.value.detach())}
 
         complete(run, toy.task.posterior, fit)

@@ -25,7 +25,7 @@ from rtb_rl.errors import InputError
 from rtb_rl.sweep.cluster import run_on_cluster
 from rtb_rl.sweep.data import check_data, data_paths
 from rtb_rl.sweep.fill import Executor, fill
-from rtb_rl.sweep.grid import keep_grid, read_grid
+from rtb_rl.sweep.grid import chosen, keep_grid, read_grid
 from rtb_rl.sweep.local import run_local
 from rtb_rl.sweep.locks import grid_lock
 
@@ -40,6 +40,8 @@ class Settings:
     """Directory of rows, failures and runs; the same command continues what it finds there."""
     workers: int = 2
     """Cells at once, each of one thread; on a cluster its processors decide."""
+    only: tuple[str, ...] = ()
+    """Tasks, agents and seeds whose cells are run; not given: all of the grid."""
     retry: bool = False
     """Run the cells that failed before again."""
     executor: Literal["local", "ray"] = "local"
@@ -62,6 +64,7 @@ def main(settings: Settings) -> None:
         paths = data_paths(grid, root)
         cells = grid.cells(paths, root)
         keep_grid(root, grid, check_data(grid, paths))
+        cells = chosen(cells, settings.only)
         failed = fill(cells, root, execute, workers=settings.workers, retry=settings.retry)
     print(f"rows: {settings.out / 'rows.jsonl'}")
     if failed:

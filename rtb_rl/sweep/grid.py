@@ -84,6 +84,21 @@ class Grid:
         return cells
 
 
+def chosen(cells: Sequence[Cell], names: Collection[str]) -> list[Cell]:
+    """The cells of these tasks, agents and seeds; of all where none of a kind is named.
+
+    InputError for a name of neither.
+    """
+    kinds = [{str(word) for word in kind} for kind in zip(*(c.key for c in cells), strict=True)]
+    _known(names, sorted(set().union(*kinds)), "the grid has no task, agent or seed")
+    asked = [kind & set(names) or kind for kind in kinds]
+    return [
+        cell
+        for cell in cells
+        if all(str(w) in kind for w, kind in zip(cell.key, asked, strict=True))
+    ]
+
+
 def read_grid(path: Path) -> Grid:
     """The grid in a TOML file; InputError for whatever in it is missing, unknown or repeated."""
     try:

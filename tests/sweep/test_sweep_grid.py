@@ -10,7 +10,7 @@ from tiny_grids import COUNTING, write_episodes, write_grid
 
 from rtb_rl.errors import InputError
 from rtb_rl.sweep.data import check_data, data_paths
-from rtb_rl.sweep.grid import keep_grid, read_grid
+from rtb_rl.sweep.grid import chosen, keep_grid, read_grid
 from rtb_rl.sweep.programs import launcher
 
 GOOD = f"""
@@ -91,6 +91,31 @@ def test_cells_come_by_seed_then_task_then_agent_with_the_nearest_option(tmp_pat
     ]
     assert cells[3].command(Path("/grid"))[1:3] == ["-m", COUNTING]
     assert cells[3].overrides == {"beta": 2.0, "env_id": "Pendulum-v1"}
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        ((), 8),
+        (("two",), 4),
+        (("iql", "one"), 2),
+        (("one", "two", "1"), 4),
+        (("iql", "two", "0"), 1),
+    ],
+)
+def test_cells_are_chosen_by_the_names_of_tasks_agents_and_seeds(names, wanted, tmp_path):
+    cells = cells_of(written(tmp_path, GOOD))
+    found = chosen(cells, names)
+    assert len(found) == wanted and found == [cell for cell in cells if cell in found]
+    for kind in ({"one", "two"}, {"iql", COUNTING}, {"0", "1"}):
+        asked = kind & set(names) or kind
+        words = {str(word) for cell in found for word in cell.key}
+        assert words & kind == asked
+
+
+def test_a_name_of_no_cell_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no task, agent or seed 'twoo'; did you mean two"):
+        chosen(cells_of(written(tmp_path, GOOD)), ("one", "twoo"))
 
 
 def test_a_flag_is_left_out_at_its_default_and_turned_off_by_its_negative(tmp_path):
