@@ -62,6 +62,22 @@ def linex(limit: float) -> Penalty:
     return penalty
 
 
+def penalty_of(huber_threshold: float | None, linex_limit: float | None) -> Penalty:
+    """Huber, linex, or the sum of both; squares where neither is given.
+
+    On-policy the sum descends KL(posterior | target) and KL(target | posterior) at once: the first
+    alone loses modes that it should keep, the second is slow to leave those that it should lose.
+    """
+    penalties = [
+        make(value)
+        for make, value in ((huber, huber_threshold), (linex, linex_limit))
+        if value is not None
+    ]
+    if not penalties:
+        return square
+    return lambda residual: torch.stack([penalty(residual) for penalty in penalties]).sum(0)
+
+
 def rtb_loss(residual: Tensor, penalty: Penalty = square) -> Tensor:
     """The mean penalty of the residuals; a scalar."""
     return penalty(residual).mean()

@@ -7,7 +7,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from rtb_rl.core import ConditionalLogZ, GroupMeanLogZ, Sampler, huber, rtb
+from rtb_rl.core import ConditionalLogZ, GroupMeanLogZ, Sampler, penalty_of, rtb
 from rtb_rl.core.protocols import Objective
 from rtb_rl.errors import InputError
 from rtb_rl.nn import MLP, LangevinDenoiser, LearnedSpread
@@ -164,8 +164,7 @@ def train_posterior(run: Run, finetuner: Finetuner, policy: Policy, watch: Watch
 
 def objective_of(settings: PosteriorSettings) -> Objective:
     """Trajectory balance with the penalty of the settings."""
-    threshold = settings.huber_threshold
-    return rtb() if threshold is None else rtb(huber(threshold))
+    return rtb(penalty_of(settings.huber_threshold, None))
 
 
 def new_log_z(dataset: TransitionDataset, settings: PosteriorSettings, seed: int) -> LearnedLogZ:

@@ -17,14 +17,12 @@ from rtb_rl.adapters.unets import denoiser_from_unet
 from rtb_rl.core import (
     ScalarLogZ,
     effective_sample_size,
-    huber,
     importance_log_z,
-    linex,
     log_weight,
+    penalty_of,
     rollout_against,
     rtb,
 )
-from rtb_rl.core.objective import Penalty
 from rtb_rl.tasks.image.images import ImageDataset, to_model_space
 from rtb_rl.tasks.image.metrics import class_histogram, total_variation
 from rtb_rl.tasks.image.reweighted import Reweighted
@@ -60,7 +58,7 @@ class ExactSettings:
     draws: int = 6000
     huber_threshold: float = 5.0
     linex_limit: float = 3.0
-    """Of the two penalties, see `both_ways`; nats."""
+    """Of the two penalties, see `penalty_of`; nats."""
     finetune: FinetuneSettings = field(
         default_factory=lambda: FinetuneSettings(
             updates=350,
@@ -125,16 +123,6 @@ def exact_problem(
     )
 
 
-def both_ways(threshold: float, limit: float) -> Penalty:
-    """huber(threshold) + linex(limit): on-policy, of KL(posterior | target) and of its reverse.
-
-    The first alone loses classes that it should keep, the second alone is slow to leave those that
-    it should lose.
-    """
-    one, other = huber(threshold), linex(limit)
-    return lambda residual: one(residual) + other(residual)
-
-
 def fit_exact(
     run: Run, problem: ExactProblem, settings: ExactSettings, *, seed: int
 ) -> dict[str, float]:
@@ -151,7 +139,7 @@ def fit_exact(
         log_z,
         settings.finetune,
         generator=generator_for(seed, "posterior"),
-        objective=rtb(both_ways(settings.huber_threshold, settings.linex_limit)),
+        objective=rtb(penalty_of(settings.huber_threshold, settings.linex_limit)),
         look_ahead=True,
     )
     seconds = train(

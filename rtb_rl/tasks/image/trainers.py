@@ -12,8 +12,7 @@ from rtb_rl.baselines.trained import (
     make_learner,
     trained_methods,
 )
-from rtb_rl.core import huber, linex, rtb, square
-from rtb_rl.core.objective import Penalty
+from rtb_rl.core import penalty_of, rtb
 from rtb_rl.tasks.image.target import ImageTarget
 from rtb_rl.training.finetune import Finetuner
 from rtb_rl.training.mix import Mix
@@ -32,13 +31,13 @@ class PosteriorSettings:
 
     finetune: FinetuneSettings = field(
         default_factory=lambda: FinetuneSettings(
-            updates=100,
+            updates=150,
             beta_warmup=1,
             conditions=128,
             mix=Mix(on_policy=1, data=0),
-            levels_per_path=4,
+            levels_per_path=10,
             chunk=256,
-            learning_rate=2e-5,
+            learning_rate=5e-5,
             last_learning_rate=0.03,
             log_z_learning_rate=0.1,
             average_decay=0.97,
@@ -48,10 +47,11 @@ class PosteriorSettings:
         default_factory=lambda: RewardedSettings(draws=6000, steps=1500)
     )
     """What comes before: the posterior learns from rewarded draws. None: it starts as the prior."""
-    linex_limit: float | None = 4.0
-    """Residuals have the linex penalty, linear below minus so many nats; None: another penalty."""
     huber_threshold: float | None = 20.0
-    """Without linex: residuals beyond it, in nats, are penalised linearly; None: squares."""
+    """Residuals are squared, beyond so many nats linear."""
+    linex_limit: float | None = 4.0
+    """Residuals have the linex penalty, linear below minus so many nats. With a Huber threshold too
+    the sum of both counts; with neither, squares."""
     lora_rank: int | None = None
     """Rank of adapters on the attention of the prior's own network; None: all weights of a copy."""
     gradient_checkpointing: bool = False
@@ -81,16 +81,10 @@ def relative_trajectory_balance(
         target.log_z(settings.finetune.mix.total).to(generator.device),
         settings.finetune,
         generator=generator,
-        objective=rtb(_penalty(settings)),
+        objective=rtb(penalty_of(settings.huber_threshold, settings.linex_limit)),
         look_ahead=True,
         accelerator=accelerator,
     )
-
-
-def _penalty(settings: PosteriorSettings) -> Penalty:
-    if settings.linex_limit is not None:
-        return linex(settings.linex_limit)
-    return square if settings.huber_threshold is None else huber(settings.huber_threshold)
 
 
 @dataclass(frozen=True)

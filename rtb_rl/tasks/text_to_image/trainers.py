@@ -15,7 +15,7 @@ from rtb_rl.baselines.trained import (
     make_learner,
     trained_methods,
 )
-from rtb_rl.core import linex, rtb, square
+from rtb_rl.core import penalty_of, rtb
 from rtb_rl.tasks.text_to_image.target import PromptTarget
 from rtb_rl.training.finetune import Finetuner
 from rtb_rl.training.mix import Mix
@@ -52,8 +52,11 @@ class TextToImagePosteriorSettings:
     lora_rank: int | None = 4
     """Rank of the adapters; None: all weights of a copy of the U-Net."""
     lora_targets: tuple[str, ...] = ATTENTION
+    huber_threshold: float | None = None
+    """Residuals are squared, beyond so many nats linear."""
     linex_limit: float | None = None
-    """Residuals have the linex penalty, linear below minus so many nats; None: squares."""
+    """Residuals have the linex penalty, linear below minus so many nats. With a Huber threshold too
+    the sum of both counts; with neither, squares."""
     look_ahead: bool = False
     """Less noise in the gradient for one decoding and one reward more a step that gets one."""
     learned_start: bool = False
@@ -101,7 +104,7 @@ def relative_trajectory_balance(
     tuned = replace(settings.finetune, beta=nominal_beta(settings, task.diffusion.event_shape))
     first = generator_for(generator.initial_seed(), "log Z")
     log_z = target.make_log_z(prompts, tuned.mix.total, first)
-    penalty = square if settings.linex_limit is None else linex(settings.linex_limit)
+    penalty = penalty_of(settings.huber_threshold, settings.linex_limit)
     return Finetuner(
         task,
         log_z.to(generator.device),

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rtb_rl.core import Sampler, residual
+from rtb_rl.core import Sampler, penalty_of, residual
 from rtb_rl.errors import InputError
-from rtb_rl.tasks.image.exact import ExactSettings, both_ways, exact_problem, fit_exact
+from rtb_rl.tasks.image.exact import ExactSettings, exact_problem, fit_exact
 from rtb_rl.tasks.image.images import ImageDataset
 from rtb_rl.training.run import Run
 
@@ -91,7 +91,7 @@ def test_both_penalties_descend_the_divergence_both_ways():
     target = torch.tensor([0.4, 0.2, 0.3, 0.1], dtype=torch.float64)
     log_q, log_z = logits.log_softmax(0), 0.7
     weight = target.log() + log_z - log_q
-    loss = both_ways(5.0, 3.0)(residual(torch.tensor(log_z).double(), weight))
+    loss = penalty_of(5.0, 3.0)(residual(torch.tensor(log_z).double(), weight))
     (found,) = torch.autograd.grad((log_q.exp().detach() * loss).sum(), logits, retain_graph=True)
     kl = (log_q.exp() * (log_q - target.log())).sum() + (target * (target.log() - log_q)).sum()
     (expected,) = torch.autograd.grad(2 * kl, logits)
