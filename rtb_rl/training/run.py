@@ -22,6 +22,14 @@ from rtb_rl.training.checkpoint import Stateful, load_checkpoint, replace_file, 
 PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "minari", "h5py", "safetensors", "accelerate")
 
 
+class _NotGiven:
+    def __repr__(self) -> str:
+        return "not given"
+
+
+_NOT_GIVEN = _NotGiven()
+
+
 class Run:
     """config.json, manifest.json, metrics.jsonl, TensorBoard events, checkpoints/, results.json.
 
@@ -59,12 +67,7 @@ class Run:
             raise InputError(
                 f"{path} is not readable JSON ({error}); give another --out"
             ) from error
-        changed = [
-            f"{key} was {old.get(key)!r} and is now {self.config.get(key)!r}"
-            for key in sorted(old.keys() | self.config.keys())
-            if old.get(key) != self.config.get(key)
-        ]
-        if changed:
+        if changed := _changes(old, self.config):
             raise InputError(
                 f"{self.directory} is a run of another configuration: {'; '.join(changed)}. Give"
                 " another --out, or remove that directory to start again"
@@ -211,3 +214,16 @@ def _step_of(line: str) -> float:
 
 def _pretty(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, default=str) + "\n").encode()
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any], within: str = "") -> list[str]:
+    """Every setting that differs, by its path through nested tables."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        path, was, now = f"{within}{key}", old.get(key, _NOT_GIVEN), new.get(key, _NOT_GIVEN)
+        tables = [{} if value is _NOT_GIVEN else value for value in (was, now)]
+        if was is not now and all(isinstance(table, dict) for table in tables):
+            found += _changes(*tables, within=f"{path}.")
+        elif was != now:
+            found.append(f"{path} was {was!r} and is now {now!r}")
+    return found

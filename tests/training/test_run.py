@@ -127,3 +127,25 @@ def test_an_update_that_stops_itself_names_the_last_good_checkpoint_too(tmp_path
     walk.update = failing
     with pytest.raises(NonFiniteError, match=r"log_reward is nan at step 25.*step_00000020"):
         run_walk(tmp_path, walk)
+
+
+def test_of_nested_settings_only_those_that_differ_are_named(tmp_path):
+    old = {"settings": {"start": {"steps": 3, "batch": 8}, "beta": 1.0, "mix": [1, 2]}, "seed": 0}
+    Run(tmp_path, old)
+    new = {"settings": {"start": {"steps": 5, "batch": 8}, "beta": 1.0, "mix": [1, 3]}, "seed": 0}
+    with pytest.raises(InputError) as refused:
+        Run(tmp_path, new)
+    said = str(refused.value)
+    assert "settings.start.steps was 3 and is now 5" in said
+    assert "settings.mix was [1, 2] and is now [1, 3]" in said
+    assert "batch" not in said and "beta" not in said
+
+
+def test_settings_that_came_or_went_are_named(tmp_path):
+    Run(tmp_path, {"start": {"steps": 3}, "old": 1})
+    with pytest.raises(InputError) as refused:
+        Run(tmp_path, {"start": None, "new": {"a": 2}})
+    said = str(refused.value)
+    assert "start was {'steps': 3} and is now None" in said
+    assert "old was 1 and is now not given" in said
+    assert "new.a was not given and is now 2" in said
