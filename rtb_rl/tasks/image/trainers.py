@@ -44,7 +44,7 @@ class PosteriorSettings:
         )
     )
     start: RewardedSettings | None = field(
-        default_factory=lambda: RewardedSettings(draws=6000, steps=1500)
+        default_factory=lambda: RewardedSettings(draws=20_000, steps=4000)
     )
     """What comes before: the posterior learns from rewarded draws. None: it starts as the prior."""
     huber_threshold: float | None = 20.0
