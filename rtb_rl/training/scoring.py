@@ -21,7 +21,8 @@ def score(
     """
     log_reward = task.log_reward(x0, condition)
     if not isinstance(log_reward, Tensor) or log_reward.shape != (len(x0),):
-        shape = tuple(log_reward.shape) if isinstance(log_reward, Tensor) else type(log_reward)
+        is_tensor = isinstance(log_reward, Tensor)
+        shape = tuple(log_reward.shape) if is_tensor else type(log_reward).__name__
         raise InputError(
             f"log_reward of task {task.name!r} returned {shape} for {len(x0)} points; return one"
             f" number a point, shape ({len(x0)},)"

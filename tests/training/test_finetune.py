@@ -225,7 +225,7 @@ def test_resumed_training_is_bit_equal(tmp_path, mix):
     ("log_reward", "error", "words"),
     [
         (lambda x0, c: x0, InputError, r"returned \(56, 2\) for 56 points.*shape \(56,\)"),
-        (lambda x0, c: 1.0, InputError, "float.* for 56 points"),
+        (lambda x0, c: 1.0, InputError, "returned float for 56 points; return one"),
         (lambda x0, c: x0[:, 0] + math.inf, NonFiniteError, r"inf at point 0.*return finite log r"),
     ],
 )

@@ -196,7 +196,7 @@ def a_list(images, condition):
     "reward, error, words",
     [
         (one_value, InputError, r"'mine' returned \(\) for 2 points; return one number a point"),
-        (a_list, InputError, r"returned <class 'list'> for 2 points"),
+        (a_list, InputError, r"returned list for 2 points"),
         (not_a_number, NonFiniteError, r"'mine' is nan at point 0.*return finite log r"),
         (too_good, NonFiniteError, r"'mine' is inf at point 0"),
     ],

@@ -223,7 +223,7 @@ BAD = {
     "+inf": (lambda gaps: torch.full((len(gaps),), math.inf), NonFiniteError, "is inf at point 0"),
     "one number": (lambda gaps: torch.tensor(1.0), InputError, r"returned \(\) for 2 points"),
     "a column": (lambda gaps: torch.zeros(len(gaps), 1), InputError, r"\(2, 1\) for 2 points"),
-    "a list": (lambda gaps: [0.0 for _ in gaps], InputError, "returned <class 'list'> for 2"),
+    "a list": (lambda gaps: [0.0 for _ in gaps], InputError, "returned list for 2"),
 }
 
 
