@@ -217,6 +217,8 @@ def test_factory_in_the_current_directory_is_found(folder, factory: str, receive
         ("user_critic", "not of the form package.module:factory.*write my_critic:make"),
         (":make", "not of the form"),
         ("absent_critic:make", "module 'absent_critic', which is neither installed nor in"),
+        ("user_critic.py:plain", r"user_critic\.py.*write user_critic:plain, without \.py"),
+        ("absent_critic.py:make", r"write absent_critic:make, without \.py"),
         ("absent.critic:make", "module 'absent', which is neither"),
         ("user_critic:plane", "nothing of that name; it offers plain"),
         ("user_critic:constant", "the module has a float there"),

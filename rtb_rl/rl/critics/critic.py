@@ -223,9 +223,11 @@ def _import_module(name: str, spec: str) -> object:
     except ModuleNotFoundError as error:
         missing = error.name or name
         if name == missing or name.startswith(f"{missing}."):
+            as_module = f"write {os.path.basename(spec).replace('.py:', ':')}, without .py"
+            cure = as_module if ".py:" in spec else "correct the name, or start from its folder"
             raise InputError(
                 f"critic {spec!r} names the module {missing!r}, which is neither installed nor in "
-                f"the current directory {os.getcwd()}; correct the name, or start from its folder"
+                f"the current directory {os.getcwd()}; {cure}"
             ) from error
         raise InputError(
             f"critic {spec!r}: the module {name!r} imports {missing!r}, which is not installed; "
