@@ -21,7 +21,7 @@ class Settings(JobSettings):
     """Offline RL with relative trajectory balance."""
 
     grouped_log_z: bool = True
-    """Log Z(s) as the mean over the paths of a state; --no-grouped-log-z: as a network."""
+    """Log Z(s) is the mean over the paths of a state; with --no-grouped-log-z it is a network."""
     langevin: bool = False
     """Let the posterior use the critic's gradient, which must then exist; acting takes longer."""
 
