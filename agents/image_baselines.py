@@ -33,6 +33,7 @@ from rtb_rl.tasks.image import (
 )
 from rtb_rl.training import generator_for
 from rtb_rl.training.equal_calls import Spent, spent_by, updates_within
+from rtb_rl.training.settings import check_beta
 from rtb_rl.training.table import slug
 
 
@@ -71,6 +72,7 @@ def fit(job: ImageJob, method: Baseline, calls: float) -> ImagePosterior:
 
 def calls_of_rtb(settings: Settings) -> Spent:
     """Network calls that trajectory balance spent."""
+    check_beta(settings.beta)
     run = settings.against or settings.share
     if run is None or settings.share is None:
         raise InputError("baselines stand on a run of rtb_image; name its directory with --share")

@@ -38,6 +38,7 @@ from rtb_rl.tasks.text_to_image.named_rewards import named_reward
 from rtb_rl.tasks.text_to_image.rewards import is_differentiable
 from rtb_rl.training import generator_for
 from rtb_rl.training.equal_calls import Spent, spent_by, updates_within
+from rtb_rl.training.settings import check_beta
 from rtb_rl.training.table import slug
 
 FREE = {
@@ -89,6 +90,7 @@ def fit(job: TextToImageJob, method: Baseline, calls: float) -> TextToImagePoste
 
 def calls_of_rtb(settings: Settings) -> Spent:
     """Network calls that trajectory balance spent."""
+    check_beta(settings.beta)
     run = settings.against or settings.share
     if run is None or settings.share is None:
         raise InputError(

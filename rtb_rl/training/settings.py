@@ -1,7 +1,9 @@
 """How a posterior is trained."""
 
+import math
 from dataclasses import dataclass, field
 
+from rtb_rl.errors import InputError
 from rtb_rl.training.mix import Mix
 from rtb_rl.training.scoring import LOG_REWARD_FLOOR
 
@@ -39,3 +41,12 @@ class FinetuneSettings:
     """Factor on the spread (temperature, for tokens) of the paths of `mix.widened`."""
     log_reward_floor: float = LOG_REWARD_FLOOR
     """Stands in for a log-reward of minus infinity."""
+
+
+def check_beta(beta: object, name: str = "beta") -> None:
+    """InputError unless the strength of a reward is a number above 0, and finite.
+
+    At 0 the target is the prior, and below it the opposite of what the reward asks for.
+    """
+    if not (isinstance(beta, int | float) and 0 < beta < math.inf):
+        raise InputError(f"{name} is {beta!r}; give a positive number")

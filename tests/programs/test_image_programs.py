@@ -271,7 +271,15 @@ def npz_of(folder, images):
 
 BAD = {
     "class": (lambda folder: dict(target="11"), "has no class 11; it has labels 0 to 9"),
-    "word": (lambda folder: dict(target="evn"), "has no class 'evn'"),
+    "word": (
+        lambda folder: dict(target="evn"),
+        "has no class 'evn'; .*named 0, 1.*; give one, or even, odd, each, or several such as 1,7",
+    ),
+    "beta": (lambda folder: dict(beta=-1.0), "beta is -1.0; give a positive number"),
+    "beta before the data": (
+        lambda folder: dict(beta=0.0, data=str(folder / "none")),
+        "beta is 0.0; give a positive number",
+    ),
     "path": (lambda folder: dict(data=str(folder / "none")), "no image data at .*give 'digits'"),
     "range": (
         lambda folder: dict(data=npz_of(folder, np.full((9, 8, 8), 3.0))),
@@ -332,6 +340,7 @@ def test_a_shared_run_of_other_data_is_refused(even, tmp_path):
     [
         ({}, "name its directory with --share"),
         ({"share": Path("nowhere")}, "holds no finished run of rtb_image; finish it first"),
+        ({"beta": -1.0}, "beta is -1.0; give a positive number"),
         ({"methods": ("DPO",)}, "there is no method 'DPO' for this target; there are 'best of N'"),
         ({"methods": ("DPS as published",), "target": "each"}, "no method 'DPS as published'"),
     ],

@@ -26,6 +26,7 @@ from rtb_rl.tasks.image.settings import Budget, ImageSettings, budget_for
 from rtb_rl.tasks.image.target import ImageTarget, class_target, every_class_target
 from rtb_rl.training.run import Run
 from rtb_rl.training.seeding import generator_for
+from rtb_rl.training.settings import check_beta
 from rtb_rl.training.stage import device_for_training
 
 
@@ -35,6 +36,7 @@ def open_image_job(settings: ImageSettings, *, program: str, **posterior: Any) -
     `posterior`: what the program changes of the budget's PosteriorSettings. Raises InputError for
     data, classes, a pipeline or a shared run that don't fit, before anything is trained or written.
     """
+    check_beta(settings.beta)
     data = load_images(settings.data).to(device_for_training())
     labels = target_labels(settings.target, data)
     budget = _budget(settings, data, posterior)
@@ -87,7 +89,12 @@ def target_labels(target: str, data: ImageDataset) -> tuple[int, ...] | None:
 def _label(word: str, data: ImageDataset) -> int:
     """The label of a class given by name, or else by number."""
     is_number = word not in data.classes and word.isdecimal()
-    return data.label(int(word) if is_number else word)
+    try:
+        return data.label(int(word) if is_number else word)
+    except InputError as error:
+        raise InputError(
+            f"{error}; give one, or even, odd, each, or several such as 1,7"
+        ) from error
 
 
 def _budget(settings: ImageSettings, data: ImageDataset, posterior: Mapping[str, Any]) -> Budget:

@@ -29,6 +29,7 @@ from rtb_rl.tasks.language.rewards import (
 from rtb_rl.tasks.language.settings import TextBudget, TextSettings, text_budget
 from rtb_rl.tasks.language.texts import Story, load_texts, split
 from rtb_rl.training.run import Run
+from rtb_rl.training.settings import check_beta
 from rtb_rl.training.stage import device_for_training
 
 OWN_SHARES = {"test": 0.06, "prior": 0.47, "reward": 0.47}
@@ -122,8 +123,7 @@ def _budget(settings: TextSettings) -> TextBudget:
         value = getattr(settings, name)
         if value is not None and value < least:
             raise InputError(f"{name} is {value}; give {least} or more")
-    if not 0 < settings.beta < math.inf:
-        raise InputError(f"beta is {settings.beta}; give a positive number")
+    check_beta(settings.beta)
     budget = text_budget(settings.budget)
     prior = replace(budget.prior, ends=settings.ends)
     if settings.levels is not None:

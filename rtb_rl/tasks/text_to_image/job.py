@@ -38,6 +38,7 @@ from rtb_rl.tasks.text_to_image.target import MakeLogZ, PromptTarget, learned_lo
 from rtb_rl.tasks.text_to_image.trainers import nominal_beta
 from rtb_rl.training.run import Run
 from rtb_rl.training.seeding import generator_for
+from rtb_rl.training.settings import check_beta
 from rtb_rl.training.stage import device_for_training
 
 
@@ -54,6 +55,7 @@ def open_text_to_image_job(
     InputError for prompts, a reward, a pipeline or a shared run that don't fit, before anything is
     trained or written.
     """
+    check_beta(settings.beta)
     prompts, name = prompts_of(settings), reward_of(settings)
     reward = named_reward(name)
     budget = _budget(settings, posterior)
