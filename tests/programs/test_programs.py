@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from rtb_rl.benchmarks import extraction
 
 from rtb_rl.core import effective_sample_size
 from rtb_rl.errors import InputError
-from rtb_rl.rl import Budget, collect, evaluate, load_policy, read_tuning
+from rtb_rl.rl import Budget, JobSettings, collect, evaluate, load_policy, read_tuning
 from rtb_rl.rl.critics.training import CriticSettings, GaussianSettings
 from rtb_rl.rl.jobs import opening
 from rtb_rl.rl.jobs.saved import load_iql_critic
@@ -139,6 +141,42 @@ def test_other_programs_take_over_prior_and_critic(dataset, tiny, tmp_path):
     assert (tmp_path / "other" / "prior" / "model.safetensors").read_bytes() == first
     with pytest.raises(InputError, match="holds no complete"):
         run("best_of_n", dataset, tmp_path / "third", share=tmp_path / "nowhere")
+    assert not (tmp_path / "third").exists()
+
+
+def test_a_shared_run_of_other_data_is_refused_before_anything_is_written(dataset, tiny, tmp_path):
+    """Other data by name, and other data of the same name."""
+    main, out = tmp_path / "main", tmp_path / "out"
+    run("diffusion_bc", dataset, main)
+    name = re.escape(json.loads((main / "config.json").read_text())["dataset"])
+    other = collect("hopper-random", steps=300, seed=1, dataset_id="other/hopper/random-v0")
+    with pytest.raises(
+        InputError,
+        match=rf"main was trained on {name} and --dataset is {other}; give --dataset {dataset} or"
+        " share a run of the same data",
+    ):
+        run("best_of_n", other, out, share=main)
+    stage = main / "prior" / "config.json"
+    stage.write_text(json.dumps({**json.loads(stage.read_text()), "data_sha256": "f" * 64}))
+    with pytest.raises(
+        InputError, match=rf"main was trained on other data of the name {name} than --dataset is;"
+    ):
+        run("best_of_n", dataset, out, share=main)
+    assert not out.exists()
+
+
+def test_a_shared_run_of_the_embedded_data_names_the_budget_that_collects_it(tmp_path):
+    facts = {"dataset": "replay", "data_sha256": "0"}
+    config = {**facts, "source": "local/hopper/medium-replay-9-v0", "budget": "demo"}
+    (tmp_path / "prior").mkdir()
+    for path in (tmp_path, tmp_path / "prior"):
+        (path / "config.json").write_text(json.dumps(config))
+        (path / "results.json").write_text("{}")
+    data = SimpleNamespace(name="mine", sha256="1")
+    for budget, words in (("demo", ""), ("full", " with --budget demo")):
+        settings = JobSettings(share=tmp_path, dataset="mine.npz", budget=budget)
+        with pytest.raises(InputError, match=f"; leave --dataset out{words} or share a run of the"):
+            opening.check_shared(settings, data, "mine.npz")
 
 
 def test_runs_share_stages_and_keep_the_curve_of_their_policy(dataset, tiny, tmp_path):
@@ -246,6 +284,8 @@ def test_bad_input_is_refused_before_anything_is_written(dataset, tiny, tmp_path
         (dict(env_id="HalfCheetah-v5"), "17"),
         (dict(env_id="Hoper-v5"), "Hopper-v5"),
         (dict(critic="nothing_here:make"), "nothing_here"),
+        (dict(beta=-1.0), "beta is -1.0; give a positive number"),
+        (dict(beta=0.0, env_id="Hoper-v5"), "beta is 0.0; give a positive number"),
     ]
     for settings, words in cases:
         with pytest.raises(InputError, match=words):
@@ -274,3 +314,19 @@ def test_unknown_keys_of_the_tuning_file_are_errors(tmp_path):
     path.write_text("[hopper]\nalpha = 3.0\n")
     with pytest.raises(InputError, match=r"table \[hopper\]: unknown alpha; known are beta"):
         read_tuning(path, "other")
+
+
+def test_a_beta_of_the_tuning_file_is_positive_in_every_table(tmp_path):
+    path = tmp_path / "tuning.toml"
+    for beta in ("-1.0", "0", "inf", "nan", "'3'"):
+        path.write_text(f"[default]\nbeta = 2.0\n[hopper]\nbeta = {beta}\n")
+        found = rf"tuning.toml, table \[hopper\]: beta is {beta}; give a positive number"
+        with pytest.raises(InputError, match=found):
+            read_tuning(path, "other")
+
+
+def test_a_policy_of_a_directory_that_is_not_there(tmp_path):
+    with pytest.raises(InputError, match="no directory .*nope; give the --out of a finished run"):
+        load_policy(tmp_path / "nope")
+    with pytest.raises(InputError, match="no fitted stage"):
+        load_policy(tmp_path)

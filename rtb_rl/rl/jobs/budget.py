@@ -10,7 +10,7 @@ from rtb_rl.rl.catalogue import OGBENCH, longest_prefix
 from rtb_rl.rl.critics.training import CriticSettings, GaussianSettings
 from rtb_rl.rl.posteriors.posterior import PosteriorSettings
 from rtb_rl.training.pretrain import PretrainSettings
-from rtb_rl.training.settings import FinetuneSettings
+from rtb_rl.training.settings import FinetuneSettings, check_beta
 
 BudgetName = Literal["smoke", "demo", "full"]
 
@@ -99,8 +99,8 @@ def find_tuning(path: Path, dataset: str) -> tuple[str, Tuning]:
     """Name and content of the table of a data set in a TOML file, or of its table `default`.
 
     A table has the whole name of a data set. For a task of OGBench it may be a part: the longest
-    that the name begins with, up to a dash. Raises InputError for keys that are no settings, in any
-    table.
+    that the name begins with, up to a dash. Raises InputError for keys that are no settings and a
+    beta that is not positive, in any table.
     """
     known = {f.name for f in fields(Tuning)}
     tables = tomllib.loads(path.read_text())
@@ -110,6 +110,7 @@ def find_tuning(path: Path, dataset: str) -> tuple[str, Tuning]:
                 f"{path.name}, table [{name}]: unknown {', '.join(unknown)}; known are"
                 f" {', '.join(sorted(known))}"
             )
+        check_beta(table.get("beta", Tuning.beta), f"{path.name}, table [{name}]: beta")
     found = dataset if dataset in tables else None
     if found is None and dataset.startswith(OGBENCH):
         found = longest_prefix(dataset, tables)

@@ -17,12 +17,16 @@ from rtb_rl.rl.data.ogbench_data import task_of_file
 from rtb_rl.rl.data.readers import load_dataset
 from rtb_rl.rl.data.summary import summarise
 from rtb_rl.rl.episodes.environments import make_environment
+from rtb_rl.rl.fitted import fitted_config
 from rtb_rl.rl.jobs.budget import Budget, Tuning, budget_for, find_tuning
 from rtb_rl.rl.jobs.job import Job, JobSettings
 from rtb_rl.rl.posteriors.strength import check_share
 from rtb_rl.training.run import Run
+from rtb_rl.training.settings import check_beta
 
 EMBEDDED = "hopper-medium-replay"
+COLLECTED = "local/hopper/medium-replay-"
+SHARED = ("prior", "critic", "iql")
 
 
 def open_job(
@@ -38,6 +42,8 @@ def open_job(
     `own`: settings of the program beside the budget's, which its run is tied to as well. Raises
     InputError for data, environment, critic or directory that don't fit.
     """
+    if settings.beta is not None:
+        check_beta(settings.beta)
     tuning = _tuning(settings, tuning_file)
     budget = budget_for(settings.budget, tuning)
     if settings.beta is not None:
@@ -46,13 +52,16 @@ def open_job(
         check_share(settings.ess, settings.beta)
     dataset = _dataset(settings, budget)
     check_environment(dataset)
+    source = _source(settings, budget)
+    if settings.share is not None:
+        check_shared(settings, dataset, source)
     if settings.critic is not None:
         critic = load_critic(settings.critic, dataset)
         check_critic(critic, dataset.observation_size, dataset.action_size)
     Console().print(str(summarise(dataset)), highlight=False, soft_wrap=True)
     config = {
         **data_facts(dataset),
-        "source": _source(settings, budget),
+        "source": source,
         "program": program,
         "method": method,
         "seed": settings.seed,
@@ -91,7 +100,7 @@ def _tuning_key(settings: JobSettings) -> str:
 
 
 def _source(settings: JobSettings, budget: Budget) -> str:
-    return settings.dataset or f"local/hopper/medium-replay-{budget.collected_steps}-v0"
+    return settings.dataset or f"{COLLECTED}{budget.collected_steps}-v0"
 
 
 def _dataset(settings: JobSettings, budget: Budget) -> TransitionDataset:
@@ -115,13 +124,50 @@ def check_environment(dataset: TransitionDataset) -> None:
         env.close()
 
 
+def check_shared(settings: JobSettings, dataset: TransitionDataset, source: str) -> None:
+    """InputError where the run to share has no complete stage, or one that was fitted on other
+    data than this data set, which was read from `source`.
+    """
+    share = settings.share
+    assert share is not None
+    found = _complete(share)
+    if not found:
+        raise InputError(f"{share} holds no complete prior, critic or iql; give another --share")
+    here = "--dataset is" if settings.dataset else "the data without --dataset is"
+    for told in (fitted_config(share / name) for name in found):
+        if told["dataset"] != dataset.name:
+            raise InputError(
+                f"--share {share} was trained on {told['dataset']} and {here} {dataset.name};"
+                f" {_cure(settings, source)}share a run of the same data"
+            )
+        if told["data_sha256"] != dataset.sha256:
+            raise InputError(
+                f"--share {share} was trained on other data of the name {dataset.name} than"
+                f" {here}; {_cure(settings, source)}share a run of the same data"
+            )
+
+
+def _cure(settings: JobSettings, source: str) -> str:
+    """How to ask for the data of the run to share, where that can be told."""
+    assert settings.share is not None
+    path = settings.share / "config.json"
+    told = fitted_config(settings.share) if path.exists() else {"source": source}
+    if told["source"] == source:
+        return ""
+    if not told["source"].startswith(COLLECTED):
+        return f"give --dataset {told['source']} or "
+    other = told["budget"] != settings.budget
+    wanted = ["leave --dataset out"] * (settings.dataset is not None)
+    wanted += [f"{'with' if wanted else 'give'} --budget {told['budget']}"] * other
+    return f"{' '.join(wanted)} or " if wanted else ""
+
+
+def _complete(source: Path) -> list[str]:
+    return [name for name in SHARED if (source / name / "results.json").exists()]
+
+
 def _take_over(source: Path, out: Path) -> None:
     """Copy the complete stages of another run; their configuration is checked on use."""
-    found = [
-        name for name in ("prior", "critic", "iql") if (source / name / "results.json").exists()
-    ]
-    if not found:
-        raise InputError(f"{source} holds no complete prior, critic or iql; give another --share")
-    for name in found:
+    for name in _complete(source):
         if not (out / name).exists():
             shutil.copytree(source / name, out / name)

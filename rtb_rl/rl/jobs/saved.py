@@ -51,6 +51,8 @@ def load_policy(
     directory without a finished run or a method it has not fitted.
     """
     root = Path(directory)
+    if not root.exists():
+        raise InputError(f"there is no directory {root}; give the --out of a finished run")
     config = fitted_config(root)
     method = method or config.get("method")
     if method not in LOADERS:
