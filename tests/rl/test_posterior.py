@@ -163,7 +163,7 @@ def test_another_prior_or_beta_in_the_same_directory_is_refused(prior, tmp_path)
     settings = PosteriorSettings(SHORT, diagnostic_rows=4)
     fit_posterior(tmp_path, one_step_data(), prior, Quadratic(), settings)
     other = PosteriorSettings(FinetuneSettings(updates=12, beta=2.0), diagnostic_rows=4)
-    with pytest.raises(InputError, match="another configuration.*posterior was"):
+    with pytest.raises(InputError, match="another configuration.*posterior.finetune.beta was"):
         fit_posterior(tmp_path, one_step_data(), prior, Quadratic(), other)
     with pytest.raises(InputError, match="data_sha256 was"):
         fit_posterior(tmp_path, one_step_data(seed=1), prior, Quadratic(), settings)
