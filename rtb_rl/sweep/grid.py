@@ -87,7 +87,7 @@ class Grid:
 def chosen(cells: Sequence[Cell], names: Collection[str]) -> list[Cell]:
     """The cells of these tasks, agents and seeds; of all where none of a kind is named.
 
-    InputError for a name of neither.
+    InputError for a name of none of them.
     """
     kinds = [{str(word) for word in kind} for kind in zip(*(c.key for c in cells), strict=True)]
     _known(names, sorted(set().union(*kinds)), "the grid has no task, agent or seed")

@@ -222,7 +222,7 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any], within: str = "") -
     for key in sorted(old.keys() | new.keys()):
         path, was, now = f"{within}{key}", old.get(key, _NOT_GIVEN), new.get(key, _NOT_GIVEN)
         tables = [{} if value is _NOT_GIVEN else value for value in (was, now)]
-        if was is not now and all(isinstance(table, dict) for table in tables):
+        if any(tables) and all(isinstance(table, dict) for table in tables):
             found += _changes(*tables, within=f"{path}.")
         elif was != now:
             found.append(f"{path} was {was!r} and is now {now!r}")

@@ -18,12 +18,15 @@ from rtb_rl.core import (
     elbo,
     huber,
     importance_log_z,
+    linex,
     log_ratio,
     log_weight,
+    penalty_of,
     random_levels,
     residual,
     rollout_against,
     rtb_loss,
+    square,
 )
 from rtb_rl.core.gaussian import large_spread
 from rtb_rl.core.protocols import Condition
@@ -212,3 +215,14 @@ def test_importance_log_z_of_two_weights():
 def test_elbo_is_at_most_the_importance_weighted_estimate():
     log_weights = torch.randn((30, 10), generator=seeded(), dtype=torch.float64)
     assert bool((elbo(log_weights) <= importance_log_z(log_weights)[0]).all())
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [((None, None), square), ((5.0, None), huber(5.0)), ((None, 3.0), linex(3.0))],
+)
+def test_a_penalty_is_what_its_settings_name(given, wanted):
+    residuals = torch.linspace(-9, 9, 37, dtype=torch.float64)
+    assert torch.equal(penalty_of(*given)(residuals), wanted(residuals))
+    both = penalty_of(5.0, 3.0)(residuals)
+    torch.testing.assert_close(both, huber(5.0)(residuals) + linex(3.0)(residuals))

@@ -149,3 +149,10 @@ def test_settings_that_came_or_went_are_named(tmp_path):
     assert "start was {'steps': 3} and is now None" in said
     assert "old was 1 and is now not given" in said
     assert "new.a was not given and is now 2" in said
+
+
+def test_an_empty_table_is_not_the_same_as_none(tmp_path):
+    Run(tmp_path, {"own": {}})
+    Run(tmp_path, {"own": {}})
+    with pytest.raises(InputError, match=r"own was \{\} and is now not given"):
+        Run(tmp_path, {})
