@@ -5,7 +5,7 @@
 fine-tunes a small Stable Diffusion of coloured shapes, which it trains first. With a pipeline and a
 reward of your own:
 
-    accelerate launch -m rtb_rl.agents.rtb_text_to_image \\
+    accelerate launch agents/rtb_text_to_image.py \\
         --prior stable-diffusion-v1-5/stable-diffusion-v1-5 --ancestral --learned-start \\
         --prompts "A green colored rabbit." --reward image-reward --half-precision --out runs/rabbit
 
