@@ -4,15 +4,16 @@ rtb-rl run rtb_amortised --dataset hopper-medium-replay.hdf5 --share runs/hopper
 runs/hopper-amortised
 
 As rtb_iql, but the strength of the critic is one more input of the posterior, drawn anew for every
-state of an update. The run acts at --beta, or at the one that --ess asks for.
+state of an update. The run acts at --beta, or at the one that --kl or --ess asks for; with --kl it
+has no learning curve, since that beta is found after training.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import tyro
 
-from rtb_rl.rl import AmortisedSettings, JobSettings, fit_amortised, open_job
+from rtb_rl.rl import AmortisedSettings, JobSettings, open_job
 
 
 @dataclass(frozen=True)
@@ -37,21 +38,12 @@ def main(settings: Settings) -> None:
         own={"amortised": asdict(own)},
     )
     prior, critic = job.prior(), job.critic()
-    chosen = job.posterior_settings(prior, critic)
-    finetune = chosen.finetune
-    rows = chosen.diagnostic_rows
-    own = replace(own, finetune=replace(finetune, beta=1.0), diagnostic_rows=rows)
-    directory = job.out / "amortised"
-    fit_amortised(
-        directory,
-        job.dataset,
-        prior,
-        critic,
-        own,
-        acting_beta=finetune.beta,
-        seed=settings.seed,
-        watch=job.curve(directory),
-    )
+    own = job.amortised_settings(low=settings.low, high=settings.high)
+    if settings.kl is not None:
+        model = job.amortised(prior, critic, own)
+        job.acting_strength(prior, model, critic, own, settings.kl)
+    else:
+        job.amortised(prior, critic, own, job.posterior_settings(prior, critic).finetune.beta)
     job.finish(["prior", "rtb_amortised"], trained="amortised", critic=critic)
 
 

@@ -59,7 +59,7 @@ def _open(settings: Settings) -> list[Job]:
 
     InputError for settings that fit each seed's stages in another way.
     """
-    for name in ("stages", "curve", "ess"):
+    for name in ("stages", "curve", "ess", "kl"):
         if getattr(settings, name):
             raise InputError(
                 f"rtb_iql_seeds trains all seeds at once and can't take --{name}; leave it out, or"

@@ -23,10 +23,11 @@ from rtb_rl.rl.episodes.evaluation import EpisodeRecords, Policy, evaluate
 from rtb_rl.rl.episodes.scores import normalised_score, reference_returns
 from rtb_rl.rl.episodes.video import record_episode
 from rtb_rl.rl.jobs.budget import Budget, Tuning, budget_for, read_tuning
-from rtb_rl.rl.jobs.job import Job, JobSettings
+from rtb_rl.rl.jobs.job import Job
 from rtb_rl.rl.jobs.opening import open_job
 from rtb_rl.rl.jobs.report import StatePanel, state_panels
 from rtb_rl.rl.jobs.saved import SavedPolicy, load_policy
+from rtb_rl.rl.jobs.settings import JobSettings
 from rtb_rl.rl.peers.diffusion_q import DiffusionQSettings, fit_diffusion_q, load_diffusion_q
 from rtb_rl.rl.peers.diffusion_q_policy import DiffusionQPolicy
 from rtb_rl.rl.peers.energy_guidance import (

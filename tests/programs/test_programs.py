@@ -258,6 +258,27 @@ def test_beta_follows_from_the_effective_sample_size_asked_for(dataset, tiny, tm
         run("rtb_iql", dataset, tmp_path / "other", ess=0.6, beta=1.0)
 
 
+def test_beta_follows_from_the_divergence_asked_for(dataset, tiny, tmp_path):
+    """All strengths are trained for once, by --stages; the two programs take the same beta."""
+    stages = tmp_path / "stages"
+    run("rtb_iql", dataset, tmp_path / "run", kl=0.3, stages=stages, curve=1)
+    results = run("rtb_amortised", dataset, tmp_path / "all", kl=0.3, stages=stages, curve=1)
+    assert len(list(stages.rglob("amortised-seed3-*/results.json"))) == 1
+    acting, posterior = (
+        json.loads((tmp_path / place).read_text())
+        for place in ("all/acting/results.json", "run/posterior/config.json")
+    )
+    beta = acting["beta"]
+    assert 0.3 < beta <= 10 and posterior["posterior"]["finetune"]["beta"] == beta
+    assert load_policy(tmp_path / "all").policy.beta == beta
+    assert results["diagnostics"] == acting["diagnostics"]
+    told = json.loads((tmp_path / "run" / "posterior" / "results.json").read_text())
+    run_results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert run_results["diagnostics"] == told["diagnostics"]
+    with pytest.raises(InputError, match="both given"):
+        run("rtb_iql", dataset, tmp_path / "other", kl=0.5, beta=1.0)
+
+
 def test_a_critic_of_one_s_own_by_name(dataset, tiny, tmp_path, monkeypatch):
     (tmp_path / "my_critic.py").write_text(
         "class Small:\n"

@@ -1,5 +1,7 @@
 """One posterior for many strengths, against the Gaussian that each of them asks for."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from rtb_rl.rl import (
     fit_prior,
     load_dataset,
 )
+from rtb_rl.rl.posteriors.acting_strength import fit_acting_strength
 from rtb_rl.rl.posteriors.amortised import AmortisedPolicy, amortised_model, with_strength
 from rtb_rl.training import FinetuneSettings, Mix, PretrainSettings
 
@@ -57,11 +60,14 @@ def settings(updates, **changes):
     return AmortisedSettings(finetune, low=0.5, high=4.0, network=SMALL, **changes)
 
 
-def test_each_strength_moves_the_mean_as_far_as_the_closed_form(data, prior, tmp_path):
+@pytest.fixture(scope="module")
+def model(data, prior, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("amortised")
+    return fit_amortised(directory, data, prior, Slope(), settings(500, diagnostic_rows=8))
+
+
+def test_each_strength_moves_the_mean_as_far_as_the_closed_form(prior, model):
     """One network; the mean at beta is that of the prior + 2 beta s^2, s the prior's own spread."""
-    model = fit_amortised(
-        tmp_path, data, prior, Slope(), settings(500, diagnostic_rows=8), acting_beta=2.0
-    )
     observations = torch.zeros(1, 1)
     generator = torch.Generator().manual_seed(0)
     draws = prior.sampler.sample(observations, 20_000, generator=generator)[0, :, 0]
@@ -71,6 +77,23 @@ def test_each_strength_moves_the_mean_as_far_as_the_closed_form(data, prior, tmp
         mean = sampler.sample(condition, 20_000, generator=generator).mean()
         weight = (beta * 2 * draws.clamp(-1, 1)).softmax(0)
         assert mean == pytest.approx(float((weight * draws).sum()), abs=0.035), beta
+
+
+def test_the_strength_of_a_divergence_is_that_of_the_closed_form(data, prior, model, tmp_path):
+    """KL(N(2 beta s^2, s^2) from N(0, s^2)) = 2 beta^2 s^2, s the prior's own spread."""
+    chosen = settings(500, diagnostic_rows=8)
+    generator = torch.Generator().manual_seed(0)
+    spread = prior.sampler.sample(torch.zeros(1, 1), 20_000, generator=generator).std()
+    given = tmp_path / "acting", data, prior, model, Slope(), chosen
+    beta = fit_acting_strength(*given, 0.5)
+    assert beta == pytest.approx(float((0.5 / 2) ** 0.5 / spread), rel=0.1)
+    told = json.loads((tmp_path / "acting" / "results.json").read_text())
+    rising = list(told["divergence"].values())
+    assert rising == sorted(rising) and rising[0] < 0.5 < rising[-1]
+    assert told["diagnostics"]["kl"] == pytest.approx(0.5, abs=0.1)
+    assert fit_acting_strength(*given, 0.5) == beta
+    with pytest.raises(InputError, match="kl was 0.5 and is now 0.1"):
+        fit_acting_strength(*given, 0.1)
 
 
 def test_it_starts_exactly_at_the_prior(prior):

@@ -1,4 +1,4 @@
-"""The rule for beta, against Gaussians, where the effective sample size is known."""
+"""The rules for beta, against Gaussians, where effective sample size and divergence are known."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 
 from rtb_rl.core import effective_sample_size
 from rtb_rl.errors import InputError
-from rtb_rl.rl.posteriors.strength import LARGEST, check_share, largest_beta
+from rtb_rl.rl.posteriors.strength import LARGEST, check_rule, largest_beta, largest_within
 
 
 def test_of_gaussian_rewards_beta_is_that_of_the_closed_form():
@@ -32,14 +32,31 @@ def test_where_the_critic_does_not_tell_actions_apart_the_bound_is_returned():
     assert largest_beta(torch.zeros(2, 8, dtype=torch.float64), 0.5) == LARGEST
 
 
+def test_the_strength_within_a_divergence_is_that_of_the_closed_form():
+    """N(0, s^2) tilted by exp(beta a): KL = beta^2 s^2 / 2."""
+    for spread in (0.2, 1.5):
+        found = largest_within(lambda beta, s=spread: (beta * s) ** 2 / 2, 0.5, 0.05, 50)
+        assert found == pytest.approx(1 / spread, rel=0.01) and found <= 1 / spread
+
+
+def test_a_range_that_stays_within_gives_its_end_and_one_that_never_does_is_refused():
+    assert largest_within(lambda beta: 0.1 * beta, 2.0, 0.3, 10.0) == 10.0
+    with pytest.raises(InputError, match="3 nats from the prior at beta 0.3 already.*2 were asked"):
+        largest_within(lambda beta: 10 * beta, 2.0, 0.3, 10.0)
+
+
 @pytest.mark.parametrize(
-    "share, beta, words",
+    "beta, ess, kl, words",
     [
-        (0.0, None, "an effective sample size of 0 was asked for; give a share between 1/256"),
-        (1.0, None, "an effective sample size of 1 was asked for"),
-        (0.3, 2.0, "beta 2 and an effective sample size of 0.3 are both given.*give one"),
+        (None, 0.0, None, "an effective sample size of 0 was asked for; give a share between 1/25"),
+        (None, 1.0, None, "an effective sample size of 1 was asked for"),
+        (2.0, 0.3, None, "beta 2.0 and an effective sample size of 0.3 are both given.*give one"),
+        (2.0, None, 0.5, "beta 2.0 and a divergence of 0.5 nats are both given.*give one"),
+        (None, 0.3, 0.5, "sample size of 0.3 and a divergence of 0.5 nats are both given"),
+        (None, None, 0.0, "a divergence of 0 nats from the prior was asked for; give a positive"),
+        (None, None, float("nan"), "a divergence of nan nats"),
     ],
 )
-def test_shares_that_can_t_be_kept_are_refused(share, beta, words):
+def test_rules_that_contradict_or_can_t_be_kept_are_refused(beta, ess, kl, words):
     with pytest.raises(InputError, match=words):
-        check_share(share, beta)
+        check_rule(beta, ess, kl)

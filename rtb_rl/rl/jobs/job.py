@@ -3,22 +3,26 @@
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
 
+from rtb_rl.nn.correction import ScaledCorrection
 from rtb_rl.rl.critics.critic import Critic, load_critic
 from rtb_rl.rl.critics.gaussian_policy import GaussianPolicy
 from rtb_rl.rl.critics.training import fit_critic, fit_gaussian_policy, scaled_for_critic
 from rtb_rl.rl.data.dataset import TransitionDataset, data_facts
 from rtb_rl.rl.data.summary import summarise
 from rtb_rl.rl.episodes.curve import Curve
-from rtb_rl.rl.jobs.budget import Budget, BudgetName
+from rtb_rl.rl.jobs.budget import Budget
 from rtb_rl.rl.jobs.report import StatePanel, draw_figure, evaluate_methods, print_table
 from rtb_rl.rl.jobs.saved import load_policy
+from rtb_rl.rl.jobs.settings import JobSettings
 from rtb_rl.rl.jobs.shared_stages import SharedStages
+from rtb_rl.rl.posteriors.acting_strength import fit_acting_strength
+from rtb_rl.rl.posteriors.amortised import AmortisedSettings, fit_amortised
 from rtb_rl.rl.posteriors.posterior import PosteriorSettings, fit_posterior
 from rtb_rl.rl.posteriors.prior import ActionDiffusion, fit_prior
 from rtb_rl.rl.posteriors.strength import beta_for_ess
@@ -29,39 +33,6 @@ from rtb_rl.training.seeding import generator_for
 from rtb_rl.training.stage import fingerprint
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class JobSettings:
-    """What all offline-RL programs ask for."""
-
-    dataset: str | None = None
-    """D4RL task, ogbench: and a single task, Minari id, or .hdf5 / .npz file; not given: made with
-    the behaviour policies that come with the package."""
-    env_id: str | None = None
-    """Gymnasium environment to evaluate in; found from the data set where it says so."""
-    out: Path = Path("runs/latest")
-    """Directory of the run; the same command continues what it finds there."""
-    seed: int = 0
-    budget: BudgetName = "full"
-    """smoke: every stage in seconds; demo: minutes; full: about 20 minutes on two cores."""
-    critic: str | None = None
-    """package.module:factory of a critic of your own, instead of IQL's."""
-    share: Path | None = None
-    """Run whose prior and critic, fitted with the same settings, are taken over."""
-    stages: Path | None = None
-    """Directory of stages that several runs share: each is fitted once, by the first to need it."""
-    curve: int = 0
-    """How many times the policy is evaluated while it is trained, 5 episodes each."""
-    beta: float | None = None
-    """Strength of the critic; not given: as tuned for the data set."""
-    ess: float | None = None
-    """Instead of a beta: the largest at which draws of the prior, weighted by exp(beta Q), keep
-    this effective sample size, a share between 0 and 1. Needs no episode and no training."""
-    candidates: int = 16
-    """Actions among which best_of_n lets the critic choose."""
-    clip_actions: bool = False
-    """Clip recorded actions outside the environment's box instead of refusing them."""
 
 
 @dataclass(frozen=True)
@@ -129,14 +100,66 @@ class Job:
         )
 
     def posterior_settings(self, prior: ActionDiffusion, critic: Critic) -> PosteriorSettings:
-        """Those of the budget, with the beta that `ess` asks for."""
+        """Those of the budget, with the beta that `ess` or `kl` asks for."""
         share, seed = self.settings.ess, self.settings.seed
+        if self.settings.kl is not None:
+            own = self.amortised_settings()
+            model = self.amortised(prior, critic, own)
+            beta = self.acting_strength(prior, model, critic, own, self.settings.kl)
+            return self.budget.with_beta(beta).posterior
         if share is None:
             return self.budget.posterior
         generator = generator_for(seed, "beta", device=prior.device)
         beta = beta_for_ess(prior, critic, self.dataset, share, generator=generator)
         Console().print(f"beta {beta:.4g}: prior draws keep an ESS of {share}", highlight=False)
         return self.budget.with_beta(beta).posterior
+
+    def amortised_settings(self, **changes: Any) -> AmortisedSettings:
+        """Those of the budget for a posterior of all strengths."""
+        chosen = self.budget.posterior
+        finetune, rows = replace(chosen.finetune, beta=1.0), chosen.diagnostic_rows
+        return AmortisedSettings(finetune, diagnostic_rows=rows, **changes)
+
+    def amortised(
+        self,
+        prior: ActionDiffusion,
+        critic: Critic,
+        settings: AmortisedSettings,
+        acting_beta: float | None = None,
+    ) -> ScaledCorrection:
+        """The posterior of all strengths, fitted; its curve is that of the acting beta."""
+        made_of = fingerprint(prior), fingerprint(critic)
+        return self.stage(
+            "amortised",
+            {"amortised": asdict(settings), "made_of": made_of, "acting_beta": acting_beta},
+            lambda directory: fit_amortised(
+                directory,
+                self.dataset,
+                prior,
+                critic,
+                settings,
+                acting_beta=acting_beta,
+                seed=self.settings.seed,
+                watch=self.curve(directory),
+            ),
+        )
+
+    def acting_strength(
+        self,
+        prior: ActionDiffusion,
+        model: ScaledCorrection,
+        critic: Critic,
+        settings: AmortisedSettings,
+        nats: float,
+    ) -> float:
+        """The largest beta at which the paths of the posterior of all strengths are within."""
+        given = self.out / "acting", self.dataset, prior, model, critic, settings, nats
+        beta = fit_acting_strength(*given, seed=self.settings.seed)
+        Console().print(
+            f"beta {beta:.4g}: the posterior's paths stay within {nats:g} nats of the prior's",
+            highlight=False,
+        )
+        return beta
 
     def posterior(
         self, prior: ActionDiffusion, critic: Critic, settings: PosteriorSettings
@@ -209,13 +232,16 @@ class Job:
         )
 
     def _stage_results(self) -> tuple[dict[str, float], dict[str, float]]:
-        timings, diagnostics = {}, {}
-        for path in sorted(self.out.glob("*/results.json")):
-            results = _read_json(path)
-            if "seconds" in results:
-                timings[path.parent.name] = results["seconds"]
-                diagnostics |= results.get("diagnostics", {})
-        return timings, diagnostics
+        """Seconds of every stage, and the diagnostics of what acts: a posterior of its own where
+        there is one, else that of all strengths.
+        """
+        found = {path.parent.name: _read_json(path) for path in self.out.glob("*/results.json")}
+        timings = {
+            name: found[name]["seconds"] for name in sorted(found) if "seconds" in found[name]
+        }
+        told = [found[name] for name in ("posterior", "acting", "amortised") if name in found]
+        diagnostics = [results["diagnostics"] for results in told if "diagnostics" in results]
+        return timings, diagnostics[0] if diagnostics else {}
 
     def _manifest(self) -> dict[str, Any]:
         return _read_json(self.out / "manifest.json")

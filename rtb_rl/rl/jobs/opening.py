@@ -19,8 +19,9 @@ from rtb_rl.rl.data.summary import summarise
 from rtb_rl.rl.episodes.environments import make_environment
 from rtb_rl.rl.fitted import fitted_config
 from rtb_rl.rl.jobs.budget import Budget, Tuning, budget_for, find_tuning
-from rtb_rl.rl.jobs.job import Job, JobSettings
-from rtb_rl.rl.posteriors.strength import check_share
+from rtb_rl.rl.jobs.job import Job
+from rtb_rl.rl.jobs.settings import JobSettings
+from rtb_rl.rl.posteriors.strength import check_rule
 from rtb_rl.training.run import Run
 from rtb_rl.training.settings import check_beta
 
@@ -48,8 +49,7 @@ def open_job(
     budget = budget_for(settings.budget, tuning)
     if settings.beta is not None:
         budget = budget.with_beta(settings.beta)
-    if settings.ess is not None:
-        check_share(settings.ess, settings.beta)
+    check_rule(settings.beta, settings.ess, settings.kl)
     dataset = _dataset(settings, budget)
     check_environment(dataset)
     source = _source(settings, budget)
@@ -69,6 +69,7 @@ def open_job(
         "critic": settings.critic,
         "candidates": settings.candidates,
         "ess": settings.ess,
+        "kl": settings.kl,
         "settings": {**asdict(budget), **(own or {})},
     }
     run = Run(settings.out, config)

@@ -1,5 +1,6 @@
 """Policies of finished runs, rebuilt from their files alone."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,10 @@ def _amortised(root: Path, config: dict[str, Any], critic: Critic | None) -> Pol
     load_weights(root / "amortised", model)
     model.requires_grad_(False).eval()
     sampler = Sampler(prior.diffusion, model)
-    return AmortisedPolicy(_acting(sampler, config), stage["acting_beta"])
+    beta = stage["acting_beta"]
+    if beta is None:
+        beta = json.loads((root / "acting" / "results.json").read_text())["beta"]
+    return AmortisedPolicy(_acting(sampler, config), beta)
 
 
 def _qgpo(root: Path, config: dict[str, Any], critic: Critic | None) -> Policy:

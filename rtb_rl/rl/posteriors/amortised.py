@@ -119,17 +119,18 @@ def fit_amortised(
     critic: Critic,
     settings: AmortisedSettings | None = None,
     *,
-    acting_beta: float,
+    acting_beta: float | None = None,
     seed: int = 0,
     watch: Watch = unwatched,
 ) -> ScaledCorrection:
-    """The denoiser of all strengths; its results have diagnostics at `acting_beta`, the strength
-    that is watched, and in `strengths` at low, high and their geometric mean.
+    """The denoiser of all strengths; its results have diagnostics at `acting_beta`, and in
+    `strengths` at low, high and their geometric mean. Without an acting beta nothing is watched.
 
     InputError for an acting beta outside the range.
     """
     settings = settings or AmortisedSettings()
-    check_acting(acting_beta, settings)
+    if acting_beta is not None:
+        check_acting(acting_beta, settings)
     check_critic(critic, dataset.observation_size, dataset.action_size, device=prior.device)
     made_of = {"prior": fingerprint(prior), "critic": fingerprint(critic)}
     config = {**data_facts(dataset), "amortised": asdict(settings), **made_of, "seed": seed}
@@ -149,16 +150,19 @@ def fit_amortised(
             generator=generator_for(seed, "amortised", device=prior.device),
             accelerator=Accelerator(),
         )
-        policy = amortised_policy(prior, finetuner.average.module, data, acting_beta)
-        seconds = train_posterior(run, finetuner, policy, watch)
-        model.load_state_dict(finetuner.average.module.state_dict())
         middle = math.sqrt(settings.low * settings.high)
+        watched = middle if acting_beta is None else acting_beta
+        policy = amortised_policy(prior, finetuner.average.module, data, watched)
+        seen = unwatched if acting_beta is None else watch
+        seconds = train_posterior(run, finetuner, policy, seen, description="all strengths")
+        model.load_state_dict(finetuner.average.module.state_dict())
         found = {
-            beta: _diagnosed(data, prior, model, critic, settings, beta, seed)
-            for beta in (acting_beta, settings.low, middle, settings.high)
+            beta: diagnose_strength(data, prior, model, critic, settings, beta, seed=seed)
+            for beta in (watched, settings.low, middle, settings.high)
         }
         strengths = {f"{beta:.4g}": told for beta, told in found.items()}
-        return {"seconds": seconds, "diagnostics": found[acting_beta], "strengths": strengths}
+        told = {} if acting_beta is None else {"diagnostics": found[acting_beta]}
+        return {"seconds": seconds, **told, "strengths": strengths}
 
     complete(run, model, fit)
     return model
@@ -214,15 +218,17 @@ def _some_conditions(data: TransitionDataset, settings: AmortisedSettings, seed:
     return with_strength(observations, settings.strengths(len(observations), generator=generator))
 
 
-def _diagnosed(
+def diagnose_strength(
     data: TransitionDataset,
     prior: ActionDiffusion,
     model: nn.Module,
     critic: Critic,
     settings: AmortisedSettings,
     beta: float,
+    *,
     seed: int,
 ) -> dict[str, float]:
+    """How far the posterior of one strength is from the truth."""
     return diagnose(
         amortised_task(data, prior, model, critic, settings, only=beta),
         model,

@@ -147,7 +147,14 @@ def diagnose_policy(
     )
 
 
-def train_posterior(run: Run, finetuner: Finetuner, policy: Policy, watch: Watch) -> float:
+def train_posterior(
+    run: Run,
+    finetuner: Finetuner,
+    policy: Policy,
+    watch: Watch,
+    *,
+    description: str = "posterior",
+) -> float:
     """Train to the end; the seconds it took. `policy` acts by the average, and is watched."""
     updates = finetuner.settings.updates
     return train(
@@ -155,7 +162,7 @@ def train_posterior(run: Run, finetuner: Finetuner, policy: Policy, watch: Watch
         finetuner.update,
         finetuner.parts,
         steps=updates,
-        description="posterior",
+        description=description,
         log_every=LOG_EVERY,
         checkpoint_every=CHECKPOINT_EVERY,
         observe=lambda done: watch(done, updates, policy),

@@ -1,9 +1,18 @@
 """Choosing beta from prior and critic alone: how much of the behaviour prior a posterior keeps.
 
-The weights exp(beta log r) of draws of the prior have an effective sample size that falls from 1 at
-beta = 0 as the target moves away from the data. The rule: the largest beta at which its mean over
-states of the data is still a given share. It looks at no environment and trains nothing.
+Two rules, neither of which looks at an environment. Both ask for the largest beta at which the mean
+over states of the data
+
+    of the effective sample size of prior draws, weighted by exp(beta log r), is still a share
+    of the posterior's KL from the prior is still within so many nats
+
+The first trains nothing, and sees no more of log r than some hundred draws a state do: where the
+critic is best far from the data it says nothing of it. The second asks a posterior of all strengths
+(`amortised`), which goes there.
 """
+
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Generator, Tensor
@@ -18,6 +27,7 @@ from rtb_rl.rl.posteriors.task import critic_log_reward
 ROWS, DRAWS = 256, 256
 LARGEST = 1e4
 HALVINGS = 40
+LOG_HALVINGS = 10  # of the logarithm of a range: to 0.3 % from 0.3 to 10
 
 
 @torch.no_grad()
@@ -40,17 +50,30 @@ def beta_for_ess(
     return largest_beta(log_reward.double(), share)
 
 
-def check_share(share: float, beta: float | None) -> None:
-    """InputError for a share that no draws can keep, and for one beside a beta."""
-    if beta is not None:
-        raise InputError(
-            f"beta {beta:g} and an effective sample size of {share:g} are both given; beta follows"
-            " from the second: give one of them"
+def check_rule(beta: float | None, ess: float | None, kl: float | None) -> None:
+    """InputError for more than one way to beta, and for a share or a divergence that none keeps."""
+    given = [
+        words
+        for value, words in (
+            (beta, f"beta {beta}"),
+            (ess, f"an effective sample size of {ess}"),
+            (kl, f"a divergence of {kl} nats"),
         )
-    if not 1 / DRAWS < share < 1:
+        if value is not None
+    ]
+    if len(given) > 1:
         raise InputError(
-            f"an effective sample size of {share:g} was asked for; give a share between 1/{DRAWS}"
+            f"{' and '.join(given)} are both given, and each says what beta is; give one of them"
+        )
+    if ess is not None and not 1 / DRAWS < ess < 1:
+        raise InputError(
+            f"an effective sample size of {ess:g} was asked for; give a share between 1/{DRAWS}"
             " and 1, such as 0.3"
+        )
+    if kl is not None and not 0 < kl < math.inf:
+        raise InputError(
+            f"a divergence of {kl:g} nats from the prior was asked for; give a positive number,"
+            " such as 0.5"
         )
 
 
@@ -71,4 +94,26 @@ def largest_beta(log_reward: Tensor, share: float) -> float:
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         low, high = (middle, high) if kept(middle) >= share else (low, middle)
+    return low
+
+
+def largest_within(
+    divergence: Callable[[float], float], nats: float, low: float, high: float
+) -> float:
+    """The largest beta of the range whose `divergence(beta)` is at most `nats`; by bisection of log
+    beta, since it rises: d KL / d beta = beta Var(log r) under the posterior.
+
+    InputError where not even `low` is within.
+    """
+    if divergence(high) <= nats:
+        return high
+    if (least := divergence(low)) > nats:
+        raise InputError(
+            f"the posterior is {least:.3g} nats from the prior at beta {low:g} already, the weakest"
+            f" it is trained for, and {nats:g} were asked for; ask for more, or train for weaker"
+            " strengths"
+        )
+    for _ in range(LOG_HALVINGS):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if divergence(middle) <= nats else (low, middle)
     return low

@@ -1,0 +1,42 @@
+"""The options that offline-RL programs have in common."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rtb_rl.rl.jobs.budget import BudgetName
+
+
+@dataclass(frozen=True)
+class JobSettings:
+    """What all offline-RL programs ask for."""
+
+    dataset: str | None = None
+    """D4RL task, ogbench: and a single task, Minari id, or .hdf5 / .npz file; not given: made with
+    the behaviour policies that come with the package."""
+    env_id: str | None = None
+    """Gymnasium environment to evaluate in; found from the data set where it says so."""
+    out: Path = Path("runs/latest")
+    """Directory of the run; the same command continues what it finds there."""
+    seed: int = 0
+    budget: BudgetName = "full"
+    """smoke: every stage in seconds; demo: minutes; full: about 20 minutes on two cores."""
+    critic: str | None = None
+    """package.module:factory of a critic of your own, instead of IQL's."""
+    share: Path | None = None
+    """Run whose prior and critic, fitted with the same settings, are taken over."""
+    stages: Path | None = None
+    """Directory of stages that several runs share: each is fitted once, by the first to need it."""
+    curve: int = 0
+    """How many times the policy is evaluated while it is trained, 5 episodes each."""
+    beta: float | None = None
+    """Strength of the critic; not given: as tuned for the data set."""
+    ess: float | None = None
+    """Instead of a beta: the largest at which draws of the prior, weighted by exp(beta Q), keep
+    this effective sample size, a share between 0 and 1. Needs no episode and no training."""
+    kl: float | None = None
+    """Instead of a beta: the largest at which the posterior's paths stay within so many nats of the
+    prior's, by a posterior of all strengths trained for it. Needs no episode."""
+    candidates: int = 16
+    """Actions among which best_of_n lets the critic choose."""
+    clip_actions: bool = False
+    """Clip recorded actions outside the environment's box instead of refusing them."""
