@@ -68,20 +68,22 @@ class EnsembleMLP(nn.Module):
         """Outputs [members, batch] and their gradients by x [members, batch, input], without
         autograd.
 
-        For one output and no layer norm, else InputError. A third of the time that autograd takes.
+        For one output, else InputError. Without layer norm a third of the time that autograd takes.
         """
-        if len(self.gains) or self.weights[-1].shape[2] != 1:
-            raise InputError("input_gradient is for networks with one output and no layer norm")
-        layers = list(zip(self.weights, self.biases, strict=True))
+        if self.weights[-1].shape[2] != 1:
+            raise InputError("input_gradient is for networks with one output")
+        *layers, (weight, bias) = zip(self.weights, self.biases, strict=True)
         hidden, outputs = x.expand(self.weights[0].shape[0], *x.shape), []
-        for weight, bias in layers[:-1]:
-            hidden = torch.baddbmm(bias, hidden, weight).relu_()
-            outputs.append(hidden)
-        weight, bias = layers[-1]
+        for layer, (inner, shift) in enumerate(layers):
+            sums = torch.baddbmm(shift, hidden, inner)
+            hidden = self._normalise(layer, sums).relu()
+            outputs.append((sums, hidden))
         values = ((hidden * weight.transpose(1, 2)).sum(2, keepdim=True) + bias).squeeze(2)
         slope = weight.transpose(1, 2)
-        for (weight, _), output in zip(reversed(layers[:-1]), reversed(outputs), strict=True):
-            slope = torch.bmm(slope * (output > 0), weight.transpose(1, 2))
+        for layer in range(len(layers) - 1, -1, -1):
+            sums, output = outputs[layer]
+            slope = self._normalise_gradient(layer, slope * (output > 0), sums)
+            slope = torch.bmm(slope, layers[layer][0].transpose(1, 2))
         return values, slope
 
     def _normalise(self, layer: int, hidden: Tensor) -> Tensor:
@@ -89,6 +91,16 @@ class EnsembleMLP(nn.Module):
             return hidden
         normalised = nn.functional.layer_norm(hidden, hidden.shape[-1:])
         return torch.addcmul(self.shifts[layer], normalised, self.gains[layer])
+
+    def _normalise_gradient(self, layer: int, slope: Tensor, hidden: Tensor) -> Tensor:
+        """A gradient by what `_normalise` returns -> that by `hidden`, which it was given."""
+        if not len(self.gains):
+            return slope
+        variance, mean = torch.var_mean(hidden, dim=-1, correction=0, keepdim=True)
+        inverse = (variance + 1e-5).rsqrt()  # layer_norm's own eps
+        normalised, slope = (hidden - mean) * inverse, slope * self.gains[layer]
+        along = (slope * normalised).mean(-1, keepdim=True)
+        return (slope - slope.mean(-1, keepdim=True) - normalised * along) * inverse
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
