@@ -7,7 +7,13 @@ import torch
 
 from rtb_rl.core import effective_sample_size
 from rtb_rl.errors import InputError
-from rtb_rl.rl.posteriors.strength import LARGEST, check_rule, largest_beta, largest_within
+from rtb_rl.rl.posteriors.strength import (
+    LARGEST,
+    check_rule,
+    largest_beta,
+    largest_within,
+    warning_of,
+)
 
 
 def test_of_gaussian_rewards_beta_is_that_of_the_closed_form():
@@ -60,3 +66,8 @@ def test_a_range_that_stays_within_gives_its_end_and_one_that_never_does_is_refu
 def test_rules_that_contradict_or_can_t_be_kept_are_refused(beta, ess, kl, words):
     with pytest.raises(InputError, match=words):
         check_rule(beta, ess, kl)
+
+
+def test_a_posterior_far_from_its_prior_is_warned_of():
+    assert warning_of(1.0) is None
+    assert "11.8 nats from the prior's" in str(warning_of(11.84))

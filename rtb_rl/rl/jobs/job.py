@@ -25,7 +25,7 @@ from rtb_rl.rl.posteriors.acting_strength import fit_acting_strength
 from rtb_rl.rl.posteriors.amortised import AmortisedSettings, fit_amortised
 from rtb_rl.rl.posteriors.posterior import PosteriorSettings, fit_posterior
 from rtb_rl.rl.posteriors.prior import ActionDiffusion, fit_prior
-from rtb_rl.rl.posteriors.strength import beta_for_ess
+from rtb_rl.rl.posteriors.strength import beta_for_ess, warning_of
 from rtb_rl.training.diagnostics import trust
 from rtb_rl.training.memory import peak_of_this_process
 from rtb_rl.training.run import Run
@@ -207,6 +207,8 @@ class Job:
         print_table(dataset, rows)
         if diagnostics:
             Console(width=100).print(f"posterior: {trust(diagnostics)}", highlight=False)
+            if warning := warning_of(diagnostics.get("kl", 0.0)):
+                Console(width=100, stderr=True).print(f"warning: {warning}", highlight=False)
         figure = draw_figure(self.out / "figure.png", dataset, rows, panels)
         self.run.log_figure(0, "evaluation", figure)
         self.run.finish(

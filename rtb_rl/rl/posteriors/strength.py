@@ -27,6 +27,7 @@ from rtb_rl.rl.posteriors.task import critic_log_reward
 ROWS, DRAWS = 256, 256
 LARGEST = 1e4
 HALVINGS = 40
+FAR = 3.0  # nats, as of a policy that keeps one in twenty of the prior's draws
 LOG_HALVINGS = 10  # of the logarithm of a range: to 0.3 % from 0.3 to 10
 
 
@@ -117,3 +118,13 @@ def largest_within(
         middle = math.sqrt(low * high)
         low, high = (middle, high) if divergence(middle) <= nats else (low, middle)
     return low
+
+
+def warning_of(divergence: float) -> str | None:
+    """What to say of a posterior whose paths are that many nats from the prior's; None: nothing."""
+    if divergence <= FAR:
+        return None
+    return (
+        f"its paths are {divergence:.1f} nats from the prior's: it acts where the data hardly have"
+        " actions and the critic may be wrong; --kl 0.5 finds a beta that stays nearer"
+    )

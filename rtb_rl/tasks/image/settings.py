@@ -75,7 +75,7 @@ def _larger() -> Budget:
         classifier=ClassifierSettings(steps=1500, width=16),
         judge=ClassifierSettings(steps=1500, width=24),
         posterior=replace(
-            _with(PosteriorSettings(), updates=40, conditions=64),
+            _with(PosteriorSettings(), updates=40, conditions=64, learning_rate=5e-5),
             start=RewardedSettings(draws=6000, steps=2000, batch=96),
         ),
         reference_draws=5000,
@@ -95,7 +95,7 @@ def _colour() -> Budget:
         classifier=ClassifierSettings(steps=2000, width=48),
         judge=ClassifierSettings(steps=2000, width=64),
         posterior=replace(
-            _with(PosteriorSettings(), updates=30, conditions=64, chunk=512),
+            _with(PosteriorSettings(), updates=30, conditions=64, chunk=512, learning_rate=5e-5),
             start=RewardedSettings(draws=6000, steps=2000),
         ),
         reference_draws=5000,

@@ -31,20 +31,20 @@ class PosteriorSettings:
 
     finetune: FinetuneSettings = field(
         default_factory=lambda: FinetuneSettings(
-            updates=150,
+            updates=200,
             beta_warmup=1,
             conditions=128,
             mix=Mix(on_policy=1, data=0),
             levels_per_path=10,
             chunk=256,
-            learning_rate=5e-5,
+            learning_rate=8e-5,
             last_learning_rate=0.03,
             log_z_learning_rate=0.1,
             average_decay=0.97,
         )
     )
     start: RewardedSettings | None = field(
-        default_factory=lambda: RewardedSettings(draws=20_000, steps=4000)
+        default_factory=lambda: RewardedSettings(draws=6000, steps=1500)
     )
     """What comes before: the posterior learns from rewarded draws. None: it starts as the prior."""
     huber_threshold: float | None = 20.0
