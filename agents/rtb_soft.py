@@ -35,7 +35,7 @@ class Settings(JobSettings):
     """Draws of the prior in each next state."""
     acting: Literal["rtb", "rtb_best_of_n"] = "rtb"
     """Which policy is the run's own: one draw of the posterior, or the critic's choice among
-    several. Both are evaluated."""
+    several. Both are evaluated; a learning curve is of one draw, and kept with it alone."""
     rows: int | None = None
     """Transitions of which draws are made; not given: as the budget says, all in full."""
 
@@ -78,7 +78,8 @@ def main(settings: Settings) -> None:
     posterior = job.posterior(prior, critic, chosen)
     panels = state_panels(job.dataset, prior, posterior, critic, chosen.finetune.beta, seed=seed)
     methods = ["prior", "best_of_n", "rtb", "rtb_best_of_n"]
-    job.finish(methods, trained="posterior", critic=critic, panels=panels)
+    watched = "posterior" if settings.acting == "rtb" else None
+    job.finish(methods, trained=watched, critic=critic, panels=panels)
 
 
 if __name__ == "__main__":

@@ -279,6 +279,15 @@ def test_beta_follows_from_the_divergence_asked_for(dataset, tiny, tmp_path):
         run("rtb_iql", dataset, tmp_path / "other", kl=0.5, beta=1.0)
 
 
+@pytest.mark.parametrize("acting, points", [("rtb", 1), ("rtb_best_of_n", 0)])
+def test_a_curve_of_one_draw_is_not_that_of_a_choice_among_several(
+    dataset, tiny, tmp_path, acting, points
+):
+    run("rtb_soft", dataset, tmp_path / "run", acting=acting, curve=1, rows=100)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert len(results["curve"]) == points and (results["best"] is None) == (points == 0)
+
+
 def test_a_critic_of_one_s_own_by_name(dataset, tiny, tmp_path, monkeypatch):
     (tmp_path / "my_critic.py").write_text(
         "class Small:\n"
