@@ -309,7 +309,7 @@ def test_a_critic_of_one_s_own_by_name(dataset, tiny, tmp_path, monkeypatch):
     assert not (tmp_path / "bad").exists()
 
 
-def test_bad_input_is_refused_before_anything_is_written(dataset, tiny, tmp_path):
+def test_bad_input_is_refused_before_anything_is_written(dataset, tiny, tmp_path, capsys):
     cases = [
         (dict(env_id="HalfCheetah-v5"), "17"),
         (dict(env_id="Hoper-v5"), "Hopper-v5"),
@@ -324,8 +324,10 @@ def test_bad_input_is_refused_before_anything_is_written(dataset, tiny, tmp_path
     with pytest.raises(InputError, match="hopper-medium"):
         run("rtb_iql", "hoper-medium-v2", tmp_path / "out")
     run("diffusion_bc", dataset, tmp_path / "out")
+    capsys.readouterr()
     with pytest.raises(InputError, match="another configuration.*beta"):
         run("diffusion_bc", dataset, tmp_path / "out", beta=123.0)
+    assert "transitions" not in capsys.readouterr().out
 
 
 def test_mistake_6_the_settings_that_ran_are_those_written_down(dataset, tiny, tmp_path):

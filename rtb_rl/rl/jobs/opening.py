@@ -58,7 +58,6 @@ def open_job(
     if settings.critic is not None:
         critic = load_critic(settings.critic, dataset)
         check_critic(critic, dataset.observation_size, dataset.action_size)
-    Console().print(str(summarise(dataset)), highlight=False, soft_wrap=True)
     config = {
         **data_facts(dataset),
         "source": source,
@@ -73,6 +72,7 @@ def open_job(
         "settings": {**asdict(budget), **(own or {})},
     }
     run = Run(settings.out, config)
+    Console().print(str(summarise(dataset)), highlight=False, soft_wrap=True)
     if settings.share is not None:
         _take_over(settings.share, run.directory)
     return Job(settings, dataset, budget, run)
