@@ -1,15 +1,10 @@
 """An open image job: methods measured one by one, then a table and a figure of all."""
 
-import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from safetensors.torch import load, save
 from torch import Generator, Tensor
 
 from rtb_rl.adapters.pipelines import PipelinePrior
@@ -25,9 +20,9 @@ from rtb_rl.tasks.image.report import SIDE, draw_figure, mark, markdown, print_t
 from rtb_rl.tasks.image.settings import Budget, ImageSettings
 from rtb_rl.tasks.image.target import ImageTarget
 from rtb_rl.training.checkpoint import replace_file
+from rtb_rl.training.kept_rows import KeptRows, of_reference, of_training
 from rtb_rl.training.run import Run
 from rtb_rl.training.seeding import generator_for
-from rtb_rl.training.table import slug
 
 WEIGHED = 1000
 """Paths that are drawn and weighed together."""
@@ -68,14 +63,10 @@ class ImageJob:
             compare(points, reference, self.judge, generator=generator)
             for points, reference in zip(x0, self.references, strict=True)
         ]
-        log_z = torch.stack([one.draws.log_z for one in self.references])
-        errors = torch.stack([one.draws.standard_error for one in self.references])
         return {
             **average_rows(rows),
-            "reference_log_z": float(log_z.mean()),
-            "reference_log_z_error": float(errors.square().sum().sqrt() / len(errors)),
-            "reference_ess": float(torch.stack([one.draws.ess for one in self.references]).mean()),
-            **_of_training(training),
+            **of_reference([one.draws for one in self.references]),
+            **of_training(training),
             **draws.evidence(),
             "calls": draws.calls,
             "seconds": seconds / (x0.shape[0] * x0.shape[1]),
@@ -98,17 +89,14 @@ class ImageJob:
 
         `training`: the results of the posterior's run, for a method that was trained.
         """
-        row, kept = (self._rows / f"{slug(name)}.{end}" for end in ("json", "safetensors"))
-        if row.exists():
-            return
-        generator = generator_for(self.settings.seed, name, device=self.data.images.device)
-        begun = time.monotonic()
-        draws = draw(generator)
-        found = {"method": name, **self.compare(draws, time.monotonic() - begun, training)}
-        x0 = draws.x0 if self.condition is None else draws.x0[:, : SIDE**2].transpose(0, 1)
-        self._rows.mkdir(exist_ok=True)
-        replace_file(kept, save({"x0": x0.flatten(0, x0.ndim - 4)[: SIDE**2].cpu().contiguous()}))
-        replace_file(row, json.dumps(found, indent=2).encode())
+        self._rows.measure(
+            name,
+            draw,
+            lambda draws, seconds: self.compare(draws, seconds, training),
+            lambda draws: {"x0": self._shown(draws.x0)},
+            seed=self.settings.seed,
+            device=self.data.images.device,
+        )
 
     def draw(self, posterior: ImagePosterior, generator: Generator) -> Draws:
         """Draws of a trained posterior for `condition`."""
@@ -128,28 +116,22 @@ class ImageJob:
 
     def finish(self, names: Sequence[str]) -> None:
         """Print the table, draw the figure, write table.md and results.json, in this order."""
-        found = [self._rows / f"{slug(name)}.json" for name in names]
-        rows = {row["method"]: row for row in (json.loads(path.read_text()) for path in found)}
+        rows, kept = self._rows.read(names)
         titles = {name: name + mark(row) for name, row in rows.items()}
-        samples = {
-            titles[name]: load(path.with_suffix(".safetensors").read_bytes())["x0"]
-            for name, path in zip(names, found, strict=True)
-        }
+        samples = {titles[name]: tensors["x0"] for name, tensors in kept.items()}
         self._draw(samples, {titles[name]: row["histogram"] for name, row in rows.items()})
         print_table(f"{self.data.name}, {self.target.name}, beta {self.settings.beta}", rows)
         replace_file(self.run.directory / "table.md", markdown(rows).encode())
-        self.run.finish({"methods": rows, "target": self.target.name})
-        Console().print(
-            f"results: {self.run.directory / 'results.json'}, figure:"
-            f" {self.run.directory / 'figure.png'}\ncurves: tensorboard --logdir"
-            f" {self.run.directory}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        self._rows.finish({"methods": rows, "target": self.target.name})
 
     @property
-    def _rows(self) -> Path:
-        return self.run.directory / "rows"
+    def _rows(self) -> KeptRows:
+        return KeptRows(self.run)
+
+    def _shown(self, x0: Tensor) -> Tensor:
+        """As many draws as a grid has, of all conditions in turn."""
+        x0 = x0 if self.condition is None else x0[:, : SIDE**2].transpose(0, 1)
+        return x0.flatten(0, x0.ndim - 4)[: SIDE**2]
 
     def _draw(self, samples: Mapping[str, Tensor], found: Mapping[str, Sequence[float]]) -> None:
         """Images of prior, reference and methods; class histograms of all draws, by the judge."""
@@ -177,16 +159,3 @@ class ImageJob:
         with torch.no_grad():
             logits = torch.cat([classifier(to_images(part)) for part in x0.split(1000)])
         return logits.double().softmax(-1).mean(0).tolist()
-
-
-def _of_training(results: Mapping[str, Any] | None) -> dict[str, Any]:
-    if results is None:
-        return {"log_z": None, "ess": None, "training_calls": 0, "training_seconds": 0.0}
-    diagnostics = results["diagnostics"]
-    return {
-        "log_z": diagnostics["log_z"],
-        "log_z_error": diagnostics["log_z_standard_error"],
-        "ess": diagnostics["ess"],
-        "training_calls": results["network_calls"],
-        "training_seconds": results["seconds"],
-    }

@@ -1,16 +1,11 @@
 """An open text-to-image job: methods measured one by one, then a table and a figure of all."""
 
-import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.markup import escape
-from safetensors.torch import load, save
 from torch import Generator, Tensor
 
 from rtb_rl.adapters.text_to_image import TextToImagePrior
@@ -27,10 +22,10 @@ from rtb_rl.tasks.text_to_image.settings import Budget, TextToImageSettings
 from rtb_rl.tasks.text_to_image.target import PromptTarget
 from rtb_rl.tasks.text_to_image.trainers import nominal_beta
 from rtb_rl.training.checkpoint import replace_file
+from rtb_rl.training.kept_rows import KeptRows, of_reference, of_training
 from rtb_rl.training.run import Run
 from rtb_rl.training.seeding import generator_for
 from rtb_rl.training.stage import fingerprint
-from rtb_rl.training.table import slug
 
 PRIOR = "prior"
 
@@ -72,19 +67,14 @@ class TextToImageJob:
 
         `training`: the results of the posterior's run, for a method that was trained.
         """
-        row, kept = (self._rows / f"{slug(name)}.{end}" for end in ("json", "safetensors"))
-        if row.exists():
-            return
-        generator = generator_for(self.settings.seed, name, device=self.draws.x0.device)
-        begun = time.monotonic()
-        draws = draw(generator)
-        found = {"method": name, **self.row(draws, time.monotonic() - begun, training)}
-        self._rows.mkdir(exist_ok=True)
-        shown = self._shown(draws.x0)
-        images = (255 * self.prior.decode(shown)).round().to(torch.uint8)
-        held = {"x0": shown, "images": images}
-        replace_file(kept, save({key: value.cpu().contiguous() for key, value in held.items()}))
-        replace_file(row, json.dumps(found, indent=2).encode())
+        self._rows.measure(
+            name,
+            draw,
+            lambda draws, seconds: self.row(draws, seconds, training),
+            lambda draws: self._kept(self._shown(draws.x0)),
+            seed=self.settings.seed,
+            device=self.draws.x0.device,
+        )
 
     def row(
         self, draws: Draws, seconds: float, training: Mapping[str, Any] | None = None
@@ -96,8 +86,8 @@ class TextToImageJob:
         count = draws.x0.shape[0] * draws.x0.shape[1]
         return {
             **average_rows(rows),
-            **_of_reference(self.references),
-            **_of_training(training),
+            **of_reference([one.draws for one in self.references]),
+            **of_training(training),
             **draws.evidence(),
             "calls": draws.calls,
             "seconds": seconds / count,
@@ -132,12 +122,8 @@ class TextToImageJob:
 
     def finish(self, names: Sequence[str]) -> None:
         """Print the table, draw the figure, write table.md and results.json, in this order."""
-        found = [self._rows / f"{slug(name)}.json" for name in names]
-        rows = {row["method"]: row for row in (json.loads(path.read_text()) for path in found)}
-        images = {
-            name + mark(rows[name]): load(path.with_suffix(".safetensors").read_bytes())["images"]
-            for name, path in zip(names, found, strict=True)
-        }
+        rows, kept = self._rows.read(names)
+        images = {name + mark(rows[name]): held["images"] for name, held in kept.items()}
         self._draw(images, {name + mark(row): row["shares"] for name, row in rows.items()})
         prompts = self.target.prompts.texts
         asked = repr(prompts[0]) if len(prompts) == 1 else f"{len(prompts)} prompts"
@@ -146,18 +132,15 @@ class TextToImageJob:
         replace_file(self.run.directory / "table.md", markdown(rows).encode())
         prior = {"prior_sha256": fingerprint(self.prior.pipeline.unet)}
         target = {"target": self.target.name, "classes": self.classes}
-        self.run.finish({"methods": rows, **target, **prior})
-        Console().print(
-            f"results: {self.run.directory / 'results.json'}, figure:"
-            f" {self.run.directory / 'figure.png'}\ncurves: tensorboard --logdir"
-            f" {self.run.directory}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        self._rows.finish({"methods": rows, **target, **prior})
 
     @property
-    def _rows(self) -> Path:
-        return self.run.directory / "rows"
+    def _rows(self) -> KeptRows:
+        return KeptRows(self.run)
+
+    def _kept(self, x0: Tensor) -> dict[str, Tensor]:
+        images = (255 * self.prior.decode(x0)).round().to(torch.uint8)
+        return {"x0": x0, "images": images}
 
     def _shown(self, x0: Tensor) -> Tensor:
         """As many latents as a grid has, of all prompts in turn: [n, C, h, w]."""
@@ -188,28 +171,3 @@ def _shares(measured: Sequence[Measured]) -> list[float]:
     """The shares of the classes among all draws; none without classes."""
     held = [one.probabilities.mean(0) for one in measured if one.probabilities is not None]
     return torch.stack(held).mean(0).tolist() if held else []
-
-
-def _of_reference(references: Sequence[Reference]) -> dict[str, float]:
-    log_z = torch.stack([one.draws.log_z for one in references])
-    errors = torch.stack([one.draws.standard_error for one in references])
-    return {
-        "reference_log_z": float(log_z.mean()),
-        "reference_log_z_error": float(errors.square().sum().sqrt() / len(errors)),
-        "reference_ess": float(torch.stack([one.draws.ess for one in references]).mean()),
-    }
-
-
-def _of_training(results: Mapping[str, Any] | None) -> dict[str, Any]:
-    if results is None:
-        return {"log_z": None, "ess": None, "training_calls": 0, "training_seconds": 0.0}
-    diagnostics = results["diagnostics"]
-    return {
-        "log_z": diagnostics["log_z"],
-        "log_z_error": diagnostics["log_z_standard_error"],
-        "elbo": diagnostics["elbo"],
-        "ess": diagnostics["ess"],
-        "kl": diagnostics["kl"],
-        "training_calls": results["network_calls"],
-        "training_seconds": results["seconds"],
-    }
