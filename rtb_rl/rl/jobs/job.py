@@ -155,8 +155,9 @@ class Job:
         """The largest beta at which the paths of the posterior of all strengths are within."""
         given = self.out / "acting", self.dataset, prior, model, critic, settings, nats
         beta = fit_acting_strength(*given, seed=self.settings.seed)
+        end = ", the strongest it is trained for" if beta == settings.high else ""
         Console().print(
-            f"beta {beta:.4g}: the posterior's paths stay within {nats:g} nats of the prior's",
+            f"beta {beta:.4g}{end}: the posterior's paths stay within {nats:g} nats of the prior's",
             highlight=False,
         )
         return beta
