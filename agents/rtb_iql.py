@@ -6,6 +6,8 @@ Four stages, each in a directory of its own under --out: prior/ learns mu(a|s) f
 critic/ learns Q(s, a) by implicit Q-learning, posterior/ fine-tunes the prior towards
 mu(a|s) exp(beta Q(s, a)) / Z(s), evaluation/ runs episodes. The baselines share prior and critic:
 the prior itself, the best of N prior draws by the critic, and IQL's own Gaussian policy (iql/).
+Beta is tuned per data set, given, or found offline by --ess or --kl (which adds amortised/, a
+posterior of all strengths, and acting/).
 """
 
 from dataclasses import dataclass, replace
