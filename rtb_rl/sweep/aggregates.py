@@ -92,7 +92,11 @@ def headline(comparison: Comparison, aggregates: Aggregates) -> str:
         return f"{text}."
     if not close:
         return f"{text}; its runs are more likely than not to beat those of each other agent."
-    return f"{text}; the runs don't set it apart from {' and '.join(close)}."
+    if len(close) == others > 1:
+        return f"{text}; the runs don't set it apart from any other."
+    *most, last = close
+    named = f"{', '.join(most)} and {last}" if most else last
+    return f"{text}; the runs don't set it apart from {named}."
 
 
 def spelled(estimate: Estimate, digits: int = 1) -> str:

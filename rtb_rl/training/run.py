@@ -217,13 +217,15 @@ def _pretty(content: Mapping[str, Any]) -> bytes:
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any], within: str = "") -> list[str]:
-    """Every setting that differs, by its path through nested tables."""
+    """Every setting that differs, by its path through nested tables. One that is None is not given:
+    an option that came later doesn't make a run another one where it is left out.
+    """
     found = []
     for key in sorted(old.keys() | new.keys()):
         path, was, now = f"{within}{key}", old.get(key, _NOT_GIVEN), new.get(key, _NOT_GIVEN)
         tables = [{} if value is _NOT_GIVEN else value for value in (was, now)]
         if any(tables) and all(isinstance(table, dict) for table in tables):
             found += _changes(*tables, within=f"{path}.")
-        elif was != now:
+        elif was != now and not all(value in (None, _NOT_GIVEN) for value in (was, now)):
             found.append(f"{path} was {was!r} and is now {now!r}")
     return found

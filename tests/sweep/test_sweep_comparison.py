@@ -115,6 +115,12 @@ def test_headline_names_the_leader_and_who_is_close():
     twin = Comparison((*rows, *({**each, "agent": "z"} for each in rows if each["agent"] == "x")))
     text = headline(twin, aggregate(twin))
     assert text.endswith("don't set it apart from z.")
+    named = [{**each, "agent": a} for a in "zw" for each in rows if each["agent"] == "x"]
+    three = Comparison((*rows, *named))
+    text = headline(three, aggregate(three))
+    assert text.endswith("don't set it apart from x and z.")
+    same = Comparison((*(each for each in rows if each["agent"] == "x"), *named))
+    assert headline(same, aggregate(same)).endswith("don't set it apart from any other.")
 
 
 def test_headline_without_an_aggregate_says_why():

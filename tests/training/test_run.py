@@ -151,6 +151,14 @@ def test_settings_that_came_or_went_are_named(tmp_path):
     assert "new.a was not given and is now 2" in said
 
 
+def test_an_option_that_came_later_and_is_left_out_changes_nothing(tmp_path):
+    Run(tmp_path, {"seed": 0, "inner": {"a": 1}})
+    Run(tmp_path, {"seed": 0, "inner": {"a": 1, "later": None}, "kl": None})
+    Run(tmp_path, {"seed": 0, "inner": {"a": 1}})
+    with pytest.raises(InputError, match=r"kl was not given and is now 0\.5"):
+        Run(tmp_path, {"seed": 0, "inner": {"a": 1}, "kl": 0.5})
+
+
 def test_an_empty_table_is_not_the_same_as_none(tmp_path):
     Run(tmp_path, {"own": {}})
     Run(tmp_path, {"own": {}})
