@@ -145,10 +145,17 @@ def row_key(row: Mapping[str, Any]) -> Key:
 
 
 def _beta(directory: Path, overrides: Mapping[str, Any]) -> float | None:
-    """Strength of the critic that a posterior was fitted with; None for programs without one."""
-    path = directory / "posterior" / "config.json"
-    if path.exists():
-        return _json(path)["posterior"]["finetune"]["beta"]
+    """Strength of the critic that the policy acts at; None for programs without one."""
+    posterior, acting, amortised = (
+        directory / place
+        for place in ("posterior/config.json", "acting/results.json", "amortised/config.json")
+    )
+    if posterior.exists():
+        return _json(posterior)["posterior"]["finetune"]["beta"]
+    if acting.exists():
+        return _json(acting)["beta"]
+    if amortised.exists():
+        return _json(amortised)["acting_beta"]
     return overrides.get("beta")
 
 

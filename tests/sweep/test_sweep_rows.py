@@ -8,7 +8,7 @@ from fake_programs import counting
 from rtb_rl.errors import InputError
 from rtb_rl.sweep.attempt import Outcome
 from rtb_rl.sweep.cells import Cell
-from rtb_rl.sweep.rows import Failures, Rows
+from rtb_rl.sweep.rows import Failures, Rows, row_of
 
 CELLS = [Cell("task", "agent", seed, "data.hdf5", "program") for seed in range(3)]
 
@@ -27,6 +27,35 @@ def filled(root):
     for cell in CELLS:
         rows.add(cell)
     return (root / "rows.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "files, beta",
+    [
+        ({}, None),
+        ({"amortised/config.json": {"acting_beta": 2.0}}, 2.0),
+        (
+            {
+                "amortised/config.json": {"acting_beta": None},
+                "acting/results.json": {"beta": 1.5},
+            },
+            1.5,
+        ),
+        (
+            {
+                "acting/results.json": {"beta": 1.5},
+                "posterior/config.json": {"posterior": {"finetune": {"beta": 3.0}}},
+            },
+            3.0,
+        ),
+    ],
+)
+def test_the_strength_of_a_row_is_that_at_which_its_policy_acts(root, files, beta):
+    for name, content in files.items():
+        path = root / CELLS[0].path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content))
+    assert row_of(CELLS[0], root)["beta"] == beta
 
 
 def test_a_row_says_what_its_cell_did(root):
