@@ -14,7 +14,7 @@ from rtb_rl.adapters.lora import WithoutLora, add_lora, has_attention, shared_vi
 from rtb_rl.adapters.pipelines import PipelinePrior
 from rtb_rl.adapters.schedulers import scheduler_grid
 from rtb_rl.adapters.unets import denoiser_from_unet
-from rtb_rl.core import Sampler, rollout
+from rtb_rl.core import Sampler, conditions, rollout
 from rtb_rl.errors import InputError
 from rtb_rl.tasks.image.export import export_posterior
 from rtb_rl.tasks.image.images import to_images
@@ -42,6 +42,7 @@ with extra("image"):
     from diffusers.models.unets.unet_2d import UNet2DModel
 
 GRID = 64  # images of a grid in TensorBoard
+WEIGHED = 1000  # paths that are drawn and weighed together
 
 
 @dataclass(frozen=True)
@@ -166,13 +167,19 @@ def _config(
 
 
 def _diagnostics(task: Task, settings: PosteriorSettings, seed: int) -> dict[str, float]:
+    generator = generator_for(seed, "diagnostics", device=_device(task))
+    one, _ = task.draw_conditions(1, generator=generator)
+    rows, samples = settings.diagnostic_rows, settings.diagnostic_samples
+    if conditions.count(one) is None:
+        rows, samples = 1, rows * samples
     return diagnose(
         task,
         task.posterior,
         settings.finetune.beta,
-        rows=settings.diagnostic_rows,
-        samples=settings.diagnostic_samples,
-        generator=generator_for(seed, "diagnostics", device=_device(task)),
+        rows=rows,
+        samples=samples,
+        batch=WEIGHED,
+        generator=generator,
     )
 
 

@@ -59,7 +59,8 @@ class PosteriorSettings:
     diagnostic_rows: int = 10
     """Conditions of the final diagnostics, for a target that has them."""
     diagnostic_samples: int = 500
-    """Draws for each."""
+    """Draws for each; all of them for a target without conditions. By few the effective sample size
+    is too large: rare paths of great weight are missing."""
     log_every: int = 10
     grid_every: int = 50
     """Updates between grids of samples in TensorBoard."""
