@@ -44,9 +44,9 @@ class CriticSettings:
 
 @dataclass(frozen=True)
 class GaussianSettings:
-    """How the advantage-weighted Gaussian policy is trained."""
+    """How the advantage-weighted Gaussian policy is trained: as long as the critic."""
 
-    steps: int = 15_000
+    steps: int = 40_000
     batch: int = 256
     temperature: float = 3.0
     learning_rate: float = 3e-4
