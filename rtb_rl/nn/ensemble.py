@@ -76,7 +76,7 @@ class EnsembleMLP(nn.Module):
         hidden, outputs = x.expand(self.weights[0].shape[0], *x.shape), []
         for layer, (inner, shift) in enumerate(layers):
             sums = torch.baddbmm(shift, hidden, inner)
-            hidden = self._normalise(layer, sums).relu()
+            hidden = self._normalise(layer, sums).relu_()
             outputs.append((sums, hidden))
         values = ((hidden * weight.transpose(1, 2)).sum(2, keepdim=True) + bias).squeeze(2)
         slope = weight.transpose(1, 2)

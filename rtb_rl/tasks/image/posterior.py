@@ -167,9 +167,9 @@ def _config(
 
 
 def _diagnostics(task: Task, settings: PosteriorSettings, seed: int) -> dict[str, float]:
-    generator = generator_for(seed, "diagnostics", device=_device(task))
-    one, _ = task.draw_conditions(1, generator=generator)
+    device = _device(task)
     rows, samples = settings.diagnostic_rows, settings.diagnostic_samples
+    one, _ = task.draw_conditions(1, generator=generator_for(seed, "probe", device=device))
     if conditions.count(one) is None:
         rows, samples = 1, rows * samples
     return diagnose(
@@ -179,7 +179,7 @@ def _diagnostics(task: Task, settings: PosteriorSettings, seed: int) -> dict[str
         rows=rows,
         samples=samples,
         batch=WEIGHED,
-        generator=generator,
+        generator=generator_for(seed, "diagnostics", device=device),
     )
 
 

@@ -4,6 +4,7 @@ refused before any work, and what is exported is what was trained."""
 import copy
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from rtb_rl.adapters.pipelines import open_pipeline
 from rtb_rl.core import rollout, rollout_against
 from rtb_rl.errors import InputError, NonFiniteError
 from rtb_rl.nn.convolution import ConvClassifier
+from rtb_rl.tasks.image import posterior as image_posterior
 from rtb_rl.tasks.image.measurements import Measurement, SuperResolution
 from rtb_rl.tasks.image.posterior import fit_posterior, posterior_task
 from rtb_rl.tasks.image.prior import PriorSettings, new_scheduler, new_unet
@@ -290,3 +292,17 @@ def test_a_posterior_of_observations_says_how_it_is_called(tmp_path):
         t = inner.timesteps[2]
         plain = unet(torch.cat([x, asked.encode(condition).channels], 1), t).sample
         assert plain.equal(inner(x, level, condition))
+
+
+@pytest.mark.parametrize(
+    "condition, paths", [(None, (1, 16)), (torch.zeros(1, 3), (2, 8))], ids=["alone", "conditions"]
+)
+def test_a_target_without_conditions_has_all_paths_of_the_diagnostics(
+    monkeypatch, condition, paths
+):
+    monkeypatch.setattr(image_posterior, "diagnose", lambda task, denoiser, beta, **given: given)
+    task = SimpleNamespace(
+        posterior=nn.Linear(1, 1), draw_conditions=lambda n, generator: (condition, None)
+    )
+    given = image_posterior._diagnostics(task, TINY, seed=0)
+    assert (given["rows"], given["samples"]) == paths
