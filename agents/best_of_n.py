@@ -9,11 +9,11 @@ from pathlib import Path
 
 import tyro
 
-from rtb_rl.rl import JobSettings, open_job
+from rtb_rl.rl import Candidates, JobSettings, OwnCritic, open_job
 
 
 @dataclass(frozen=True)
-class Settings(JobSettings):
+class Settings(JobSettings, OwnCritic, Candidates):
     """Best of N prior draws by the critic."""
 
 

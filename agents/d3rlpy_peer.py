@@ -17,7 +17,6 @@ from typing import Literal
 
 import tyro
 
-from rtb_rl.errors import InputError
 from rtb_rl.rl import JobSettings, open_job
 from rtb_rl.rl.peers.d3rlpy_peer import D3rlpySettings, d3rlpy_versions, fit_d3rlpy, note_versions
 
@@ -41,8 +40,6 @@ class Settings(JobSettings):
 
 def main(settings: Settings) -> None:
     """Have d3rlpy train its policy, then evaluate that."""
-    if settings.critic is not None:
-        raise InputError("d3rlpy trains a critic of its own; leave --critic out, or run rtb_iql")
     steps = STEPS[settings.algorithm][settings.budget] if settings.steps is None else settings.steps
     chosen = D3rlpySettings(settings.algorithm, steps=steps, batch=settings.batch)
     versions = d3rlpy_versions(settings.python)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import tyro
 
-from rtb_rl.errors import InputError
 from rtb_rl.rl import DiffusionQSettings, JobSettings, fit_diffusion_q, open_job
 
 STEPS = {"smoke": 200, "demo": 5_000, "full": 40_000}
@@ -30,8 +29,6 @@ class Settings(JobSettings):
 
 def main(settings: Settings) -> None:
     """Train policy and critic together and evaluate the policy."""
-    if settings.critic is not None:
-        raise InputError("dql trains a critic of its own; leave --critic out, or run rtb_iql")
     chosen = DiffusionQSettings(
         steps=STEPS[settings.budget] if settings.steps is None else settings.steps,
         eta=settings.eta,

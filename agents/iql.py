@@ -8,11 +8,11 @@ from pathlib import Path
 
 import tyro
 
-from rtb_rl.rl import JobSettings, open_job
+from rtb_rl.rl import JobSettings, OwnCritic, open_job
 
 
 @dataclass(frozen=True)
-class Settings(JobSettings):
+class Settings(JobSettings, OwnCritic):
     """Implicit Q-learning with a Gaussian policy."""
 
 

@@ -14,13 +14,16 @@ from typing import Literal
 
 import tyro
 
+from rtb_rl.errors import InputError
 from rtb_rl.rl import (
     ActionDiffusion,
     Critic,
     EnergyGuidanceSettings,
     Job,
     JobSettings,
+    OwnCritic,
     SoftCriticSettings,
+    StrengthByRule,
     fit_energy_guidance,
     fit_soft_critic,
     open_job,
@@ -32,7 +35,7 @@ ROWS = {"smoke": 1_000, "demo": 50_000, "full": None}
 
 
 @dataclass(frozen=True)
-class Settings(JobSettings):
+class Settings(JobSettings, OwnCritic, StrengthByRule):
     """QGPO; `beta` serves the energy and the backup, the authors' 3 where nothing is tuned."""
 
     critic_kind: Literal["softmax", "iql"] = "softmax"
@@ -53,12 +56,8 @@ class Settings(JobSettings):
 
 def main(settings: Settings) -> None:
     """Fit prior, critic and energy, skipping what is complete, and evaluate."""
-    energy = EnergyGuidanceSettings(
-        candidates=settings.backup_actions,
-        rows=ROWS[settings.budget] if settings.rows is None else settings.rows,
-        steps=STEPS[settings.budget] if settings.steps is None else settings.steps,
-        batch=settings.batch,
-    )
+    own_critic = settings.critic_kind == "softmax" and settings.critic is None
+    energy = energy_settings(settings, own_critic)
     job = open_job(
         settings,
         program="qgpo",
@@ -73,10 +72,7 @@ def main(settings: Settings) -> None:
         },
     )
     prior, draws = job.prior(), job.out / "prior_actions"
-    if settings.critic_kind == "iql" or settings.critic is not None:
-        critic = job.critic()
-    else:
-        critic = softmax_critic(job, prior, energy, draws)
+    critic = softmax_critic(job, prior, energy, draws) if own_critic else job.critic()
     chosen = replace(energy, beta=job.posterior_settings(prior, critic).finetune.beta)
     facts = {
         "qgpo": asdict(chosen),
@@ -100,6 +96,21 @@ def main(settings: Settings) -> None:
     )
     shutil.rmtree(draws, ignore_errors=True)  # both stages have what they needed of them
     job.finish(["qgpo"], trained="qgpo", critic=critic)
+
+
+def energy_settings(settings: Settings, own_critic: bool) -> EnergyGuidanceSettings:
+    """Those of the energy; InputError for a beta that can't be chosen before it is used."""
+    if own_critic and (settings.ess is not None or settings.kl is not None):
+        raise InputError(
+            "--ess and --kl choose beta for a critic that is there, and qgpo's own is backed up by"
+            " beta; give --beta, or --critic-kind iql"
+        )
+    return EnergyGuidanceSettings(
+        candidates=settings.backup_actions,
+        rows=ROWS[settings.budget] if settings.rows is None else settings.rows,
+        steps=STEPS[settings.budget] if settings.steps is None else settings.steps,
+        batch=settings.batch,
+    )
 
 
 def softmax_critic(

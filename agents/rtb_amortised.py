@@ -13,11 +13,11 @@ from pathlib import Path
 
 import tyro
 
-from rtb_rl.rl import AmortisedSettings, JobSettings, open_job
+from rtb_rl.rl import AmortisedSettings, JobSettings, OwnCritic, StrengthByRule, open_job
 
 
 @dataclass(frozen=True)
-class Settings(JobSettings):
+class Settings(JobSettings, OwnCritic, StrengthByRule):
     """RTB for all strengths of the critic at once."""
 
     low: float = 0.3

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import tyro
 
-from rtb_rl.rl import JobSettings, open_job
+from rtb_rl.rl import Candidates, JobSettings, OwnCritic, StrengthByRule, open_job
 
 
 @dataclass(frozen=True)
-class Settings(JobSettings):
+class Settings(JobSettings, OwnCritic, StrengthByRule, Candidates):
     """Best of N posterior draws by the critic."""
 
 

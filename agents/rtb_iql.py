@@ -15,11 +15,11 @@ from pathlib import Path
 
 import tyro
 
-from rtb_rl.rl import JobSettings, open_job, state_panels
+from rtb_rl.rl import Candidates, JobSettings, OwnCritic, StrengthByRule, open_job, state_panels
 
 
 @dataclass(frozen=True)
-class Settings(JobSettings):
+class Settings(JobSettings, OwnCritic, StrengthByRule, Candidates):
     """Offline RL with relative trajectory balance."""
 
     grouped_log_z: bool = True

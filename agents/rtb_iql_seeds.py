@@ -13,12 +13,12 @@ from pathlib import Path
 import tyro
 
 from rtb_rl.errors import InputError
-from rtb_rl.rl import Job, JobSettings, open_job, state_panels
+from rtb_rl.rl import Candidates, Job, JobSettings, OwnCritic, Strength, open_job, state_panels
 from rtb_rl.rl.seeds import fit_critics, fit_posteriors, fit_priors
 
 
 @dataclass(frozen=True)
-class Settings(JobSettings):
+class Settings(JobSettings, OwnCritic, Strength, Candidates):
     """Offline RL with relative trajectory balance for several seeds; --seed is not used."""
 
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -59,7 +59,7 @@ def _open(settings: Settings) -> list[Job]:
 
     InputError for settings that fit each seed's stages in another way.
     """
-    for name in ("stages", "curve", "ess", "kl"):
+    for name in ("stages", "curve"):
         if getattr(settings, name):
             raise InputError(
                 f"rtb_iql_seeds trains all seeds at once and can't take --{name}; leave it out, or"

@@ -14,15 +14,22 @@ from typing import Literal
 
 import tyro
 
-from rtb_rl.errors import InputError
-from rtb_rl.rl import JobSettings, SoftCriticSettings, fit_soft_critic, open_job, state_panels
+from rtb_rl.rl import (
+    Candidates,
+    JobSettings,
+    SoftCriticSettings,
+    Strength,
+    fit_soft_critic,
+    open_job,
+    state_panels,
+)
 from rtb_rl.training.stage import fingerprint
 
 ROWS = {"smoke": 1_000, "demo": 50_000, "full": None}
 
 
 @dataclass(frozen=True)
-class Settings(JobSettings):
+class Settings(JobSettings, Strength, Candidates):
     """RTB with the soft value of the behaviour prior as backup."""
 
     members: int = 2
@@ -42,8 +49,6 @@ class Settings(JobSettings):
 
 def main(settings: Settings) -> None:
     """Fit prior, critic and posterior, skipping what is complete, and evaluate."""
-    if settings.critic is not None:
-        raise InputError("rtb_soft trains a critic of its own; leave --critic out, or run rtb_iql")
     own = SoftCriticSettings(
         members=settings.members,
         lower_bound=settings.lower_bound,

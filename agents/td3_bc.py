@@ -8,7 +8,6 @@ from pathlib import Path
 
 import tyro
 
-from rtb_rl.errors import InputError
 from rtb_rl.rl import JobSettings, TD3BCSettings, fit_td3_bc, open_job
 
 STEPS = {"smoke": 300, "demo": 15_000, "full": 200_000}
@@ -26,8 +25,6 @@ class Settings(JobSettings):
 
 def main(settings: Settings) -> None:
     """Train policy and critic together and evaluate the policy."""
-    if settings.critic is not None:
-        raise InputError("td3_bc trains a critic of its own; leave --critic out, or run rtb_iql")
     steps = STEPS[settings.budget] if settings.steps is None else settings.steps
     chosen = TD3BCSettings(steps=steps, alpha=settings.alpha)
     job = open_job(

@@ -27,7 +27,13 @@ from rtb_rl.rl.jobs.job import Job
 from rtb_rl.rl.jobs.opening import open_job
 from rtb_rl.rl.jobs.report import StatePanel, state_panels
 from rtb_rl.rl.jobs.saved import SavedPolicy, load_policy
-from rtb_rl.rl.jobs.settings import JobSettings
+from rtb_rl.rl.jobs.settings import (
+    Candidates,
+    JobSettings,
+    OwnCritic,
+    Strength,
+    StrengthByRule,
+)
 from rtb_rl.rl.peers.diffusion_q import DiffusionQSettings, fit_diffusion_q, load_diffusion_q
 from rtb_rl.rl.peers.diffusion_q_policy import DiffusionQPolicy
 from rtb_rl.rl.peers.energy_guidance import (
@@ -57,6 +63,7 @@ __all__ = [
     "AmortisedPolicy",
     "AmortisedSettings",
     "Budget",
+    "Candidates",
     "Critic",
     "CriticSettings",
     "Curve",
@@ -73,12 +80,15 @@ __all__ = [
     "Job",
     "JobSettings",
     "MeanActionPolicy",
+    "OwnCritic",
     "Policy",
     "PosteriorSettings",
     "SavedPolicy",
     "SoftCritic",
     "SoftCriticSettings",
     "StatePanel",
+    "Strength",
+    "StrengthByRule",
     "TD3BCSettings",
     "TransitionDataset",
     "Transitions",

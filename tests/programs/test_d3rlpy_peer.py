@@ -242,8 +242,6 @@ def test_an_interpreter_without_d3rlpy_is_refused_before_anything_is_written(
         assert python is None or str(python) in str(error.value)
         assert "python -m venv peers" in str(error.value)
         assert "pip install d3rlpy==2.8.1 torch==" in str(error.value)
-    with pytest.raises(InputError, match="critic of its own"):
-        run(recorded, tmp_path / "run", fake / "python", critic="a:b")
     with pytest.raises(InputError, match="steps=0"):
         run(recorded, tmp_path / "run", fake / "python", steps=0)
     assert not (tmp_path / "run").exists() and not (fake / "starts").exists()

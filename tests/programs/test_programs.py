@@ -218,6 +218,13 @@ def test_what_methods_make_of_one_critic_is_measured_side_by_side(dataset, tiny,
     assert not (tmp_path / "none").exists()
 
 
+def test_a_beta_by_rule_needs_a_critic_that_is_there(dataset, tiny, tmp_path):
+    for rule in ("ess", "kl"):
+        with pytest.raises(InputError, match="give --beta, or --critic-kind iql"):
+            run("qgpo", dataset, tmp_path / "run", **{rule: 0.5})
+    assert not (tmp_path / "run").exists()
+
+
 def test_scales_of_the_guidance_share_critic_and_energy(dataset, tiny, tmp_path):
     """Scale 0 is the prior; what was fitted serves every scale; draws are not kept."""
     stages = tmp_path / "stages"
@@ -323,10 +330,10 @@ def test_bad_input_is_refused_before_anything_is_written(dataset, tiny, tmp_path
         assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="hopper-medium"):
         run("rtb_iql", "hoper-medium-v2", tmp_path / "out")
-    run("diffusion_bc", dataset, tmp_path / "out")
+    run("best_of_n", dataset, tmp_path / "out")
     capsys.readouterr()
-    with pytest.raises(InputError, match="another configuration.*beta"):
-        run("diffusion_bc", dataset, tmp_path / "out", beta=123.0)
+    with pytest.raises(InputError, match="another configuration.*candidates"):
+        run("best_of_n", dataset, tmp_path / "out", candidates=5)
     assert "transitions" not in capsys.readouterr().out
 
 

@@ -19,7 +19,7 @@ from rtb_rl.rl.episodes.curve import Curve
 from rtb_rl.rl.jobs.budget import Budget
 from rtb_rl.rl.jobs.report import StatePanel, draw_figure, evaluate_methods, print_table
 from rtb_rl.rl.jobs.saved import load_policy
-from rtb_rl.rl.jobs.settings import JobSettings
+from rtb_rl.rl.jobs.settings import JobSettings, Tilt
 from rtb_rl.rl.jobs.shared_stages import SharedStages
 from rtb_rl.rl.posteriors.acting_strength import fit_acting_strength
 from rtb_rl.rl.posteriors.amortised import AmortisedSettings, fit_amortised
@@ -40,6 +40,7 @@ class Job:
     """An open run with its data and budget."""
 
     settings: JobSettings
+    tilt: Tilt
     dataset: TransitionDataset
     budget: Budget
     run: Run
@@ -78,7 +79,7 @@ class Job:
 
     def critic(self) -> Critic:
         """The user's critic, checked, or IQL's, fitted."""
-        spec, budget, seed = self.settings.critic, self.budget.critic, self.settings.seed
+        spec, budget, seed = self.tilt.critic, self.budget.critic, self.settings.seed
         if spec is not None:
             return load_critic(spec, self.dataset)
         Console().print(f"critic: {scaled_for_critic(self.dataset, budget)[1]}", highlight=False)
@@ -101,11 +102,11 @@ class Job:
 
     def posterior_settings(self, prior: ActionDiffusion, critic: Critic) -> PosteriorSettings:
         """Those of the budget, with the beta that `ess` or `kl` asks for."""
-        share, seed = self.settings.ess, self.settings.seed
-        if self.settings.kl is not None:
+        share, seed = self.tilt.ess, self.settings.seed
+        if self.tilt.kl is not None:
             own = self.amortised_settings()
             model = self.amortised(prior, critic, own)
-            beta = self.acting_strength(prior, model, critic, own, self.settings.kl)
+            beta = self.acting_strength(prior, model, critic, own, self.tilt.kl)
             return self.budget.with_beta(beta).posterior
         if share is None:
             return self.budget.posterior

@@ -20,7 +20,7 @@ from rtb_rl.rl.episodes.environments import make_environment
 from rtb_rl.rl.fitted import fitted_config
 from rtb_rl.rl.jobs.budget import Budget, Tuning, budget_for, find_tuning
 from rtb_rl.rl.jobs.job import Job
-from rtb_rl.rl.jobs.settings import JobSettings
+from rtb_rl.rl.jobs.settings import JobSettings, tilt_of
 from rtb_rl.rl.posteriors.strength import check_rule
 from rtb_rl.training.run import Run
 from rtb_rl.training.settings import check_beta
@@ -43,20 +43,21 @@ def open_job(
     `own`: settings of the program beside the budget's, which its run is tied to as well. Raises
     InputError for data, environment, critic or directory that don't fit.
     """
-    if settings.beta is not None:
-        check_beta(settings.beta)
+    tilt = tilt_of(settings)
+    if tilt.beta is not None:
+        check_beta(tilt.beta)
     tuning = _tuning(settings, tuning_file)
     budget = budget_for(settings.budget, tuning)
-    if settings.beta is not None:
-        budget = budget.with_beta(settings.beta)
-    check_rule(settings.beta, settings.ess, settings.kl)
+    if tilt.beta is not None:
+        budget = budget.with_beta(tilt.beta)
+    check_rule(tilt.beta, tilt.ess, tilt.kl)
     dataset = _dataset(settings, budget)
     check_environment(dataset)
     source = _source(settings, budget)
     if settings.share is not None:
         check_shared(settings, dataset, source)
-    if settings.critic is not None:
-        critic = load_critic(settings.critic, dataset)
+    if tilt.critic is not None:
+        critic = load_critic(tilt.critic, dataset)
         check_critic(critic, dataset.observation_size, dataset.action_size)
     config = {
         **data_facts(dataset),
@@ -65,17 +66,17 @@ def open_job(
         "method": method,
         "seed": settings.seed,
         "budget": settings.budget,
-        "critic": settings.critic,
-        "candidates": settings.candidates,
-        "ess": settings.ess,
-        "kl": settings.kl,
+        "critic": tilt.critic,
+        "candidates": tilt.candidates,
+        "ess": tilt.ess,
+        "kl": tilt.kl,
         "settings": {**asdict(budget), **(own or {})},
     }
     run = Run(settings.out, config)
     Console().print(str(summarise(dataset)), highlight=False, soft_wrap=True)
     if settings.share is not None:
         _take_over(settings.share, run.directory)
-    return Job(settings, dataset, budget, run)
+    return Job(settings, tilt, dataset, budget, run)
 
 
 def _tuning(settings: JobSettings, path: Path) -> Tuning:

@@ -76,12 +76,12 @@ def _best_of_n(root: Path, config: dict[str, Any], critic: Critic | None) -> Pol
 
 
 def _rtb(root: Path, config: dict[str, Any], critic: Critic | None) -> Policy:
-    return _acting(_posterior(root, config, critic).sampler, config)
+    return _acting(load_posterior(root, critic).sampler, config)
 
 
 def _rtb_best_of_n(root: Path, config: dict[str, Any], critic: Critic | None) -> Policy:
     chosen_by = critic or load_run_critic(root)
-    return _acting(_posterior(root, config, chosen_by).sampler, config, chosen_by)
+    return _acting(load_posterior(root, chosen_by).sampler, config, chosen_by)
 
 
 def _amortised(root: Path, config: dict[str, Any], critic: Critic | None) -> Policy:
@@ -121,14 +121,6 @@ LOADERS: dict[str, Loader] = {
 it was given as a Python object."""
 
 
-def _posterior(root: Path, config: dict[str, Any], critic: Critic | None) -> ActionDiffusion:
-    langevin = fitted_config(root / "posterior")["posterior"]["langevin"]
-    needed = critic or load_run_critic(root) if langevin else critic
-    posterior = posterior_model(load_prior(root / "prior"), needed, langevin=langevin)
-    load_weights(root / "posterior", posterior)
-    return posterior.requires_grad_(False).eval()
-
-
 def _acting(
     sampler: Sampler, config: dict[str, Any], critic: Critic | None = None
 ) -> DiffusionPolicy:
@@ -153,6 +145,15 @@ def load_prior(directory: Path) -> ActionDiffusion:
     )
     load_weights(directory, model)
     return model.requires_grad_(False).eval()
+
+
+def load_posterior(root: Path, critic: Critic | None = None) -> ActionDiffusion:
+    """The posterior of a run; `critic` stands in for one that it was given as a Python object."""
+    langevin = fitted_config(root / "posterior")["posterior"]["langevin"]
+    needed = critic or load_run_critic(root) if langevin else critic
+    posterior = posterior_model(load_prior(root / "prior"), needed, langevin=langevin)
+    load_weights(root / "posterior", posterior)
+    return posterior.requires_grad_(False).eval()
 
 
 def load_gaussian(directory: Path) -> GaussianPolicy:

@@ -1,6 +1,11 @@
-"""The options that offline-RL programs have in common."""
+"""The options of offline-RL programs: those that all have, and those of a critic and its strength.
 
-from dataclasses import dataclass
+A program takes what it has a use for, so that an option without effect is an unknown one:
+
+    class Settings(JobSettings, OwnCritic, StrengthByRule, Candidates)
+"""
+
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from rtb_rl.rl.jobs.budget import BudgetName
@@ -20,23 +25,58 @@ class JobSettings:
     seed: int = 0
     budget: BudgetName = "full"
     """smoke: every stage in seconds; demo: minutes; full: about 20 minutes on two cores."""
-    critic: str | None = None
-    """package.module:factory of a critic of your own, instead of IQL's."""
     share: Path | None = None
     """Run whose prior and critic, fitted with the same settings, are taken over."""
     stages: Path | None = None
     """Directory of stages that several runs share: each is fitted once, by the first to need it."""
     curve: int = 0
     """How many times the policy is evaluated while it is trained, 5 episodes each."""
+    clip_actions: bool = False
+    """Clip recorded actions outside the environment's box instead of refusing them."""
+
+
+@dataclass(frozen=True)
+class OwnCritic:
+    """For programs that follow any critic."""
+
+    critic: str | None = None
+    """package.module:factory of a critic of your own, instead of IQL's."""
+
+
+@dataclass(frozen=True)
+class Strength:
+    """For programs that tilt a prior."""
+
     beta: float | None = None
     """Strength of the critic; not given: as tuned for the data set."""
+
+
+@dataclass(frozen=True)
+class StrengthByRule(Strength):
+    """For programs whose critic is there before its strength is chosen."""
+
     ess: float | None = None
     """Instead of a beta: the largest at which draws of the prior, weighted by exp(beta Q), keep
     this effective sample size, a share between 0 and 1. Needs no episode and no training."""
     kl: float | None = None
     """Instead of a beta: the largest at which the posterior's paths stay within so many nats of the
     prior's, by a posterior of all strengths trained for it. Needs no episode."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """For programs that evaluate the best of N draws."""
+
     candidates: int = 16
     """Actions among which best_of_n lets the critic choose."""
-    clip_actions: bool = False
-    """Clip recorded actions outside the environment's box instead of refusing them."""
+
+
+@dataclass(frozen=True)
+class Tilt(OwnCritic, StrengthByRule, Candidates):
+    """What a program was asked of its critic; as by default where it has no such option."""
+
+
+def tilt_of(settings: JobSettings) -> Tilt:
+    """Those of the program's settings that a `Tilt` has."""
+    known = {f.name for f in fields(Tilt)}
+    return Tilt(**{name: value for name, value in vars(settings).items() if name in known})
