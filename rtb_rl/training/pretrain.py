@@ -31,6 +31,9 @@ class PretrainSettings:
     """Falls to zero along a cosine."""
     average_decay: float = 0.999
     """Of the exponential moving average that becomes the prior."""
+    level_power: float | None = None
+    """Levels count by this power of their number, beside what the diffusion's own loss gives them:
+    above 0 the noisier ones, where draws begin, count more. The minimiser stays where it is."""
 
 
 class Pretrainer:
@@ -64,13 +67,22 @@ class Pretrainer:
         level = random_level(len(x0), self.diffusion.levels, generator=self.generator)
         x = self.diffusion.corrupt(x0, level, generator=self.generator)
         prediction = self.denoiser(x, level, condition)
-        loss = self.diffusion.denoising_loss(prediction, x0, x, level).mean()
+        errors = self.diffusion.denoising_loss(prediction, x0, x, level)
+        loss = (errors * self.level_weight(level)).mean()
         self.optimiser.zero_grad(set_to_none=True)
         if loss.requires_grad:  # not where no row of the batch asks the denoiser anything
             loss.backward()
         self.optimiser.step()
         self.average.update(self.denoiser)
         return {"prior/loss": loss.detach()}
+
+    def level_weight(self, level: Tensor) -> Tensor | float:
+        """What each level [n] counts: 1 on average over all of them."""
+        power, levels = self.settings.level_power, self.diffusion.levels
+        if power is None:
+            return 1.0
+        each = torch.arange(1, levels + 1, device=level.device).double() ** power
+        return (each / each.mean())[level - 1].float()
 
     @property
     def parts(self) -> dict[str, Stateful]:

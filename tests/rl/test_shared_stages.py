@@ -65,6 +65,18 @@ def fitter(tmp_path, name, seconds):
     return subprocess.Popen([sys.executable, "-c", FITTER, *arguments])
 
 
+def test_an_option_that_is_left_out_makes_no_other_stage(data, tmp_path):
+    """One that came with a later version, at the top or in a table of settings."""
+    stages = SharedStages(tmp_path / "stages", data)
+    of = {"seed": 0, "prior": {"steps": 3}}
+    stages.stage(tmp_path / "old" / "prior", of, fit)
+    later = {"seed": 0, "prior": {"steps": 3, "level_power": None}, "acting_beta": None}
+    stages.stage(tmp_path / "new" / "prior", later, fit)
+    other = {"seed": 0, "prior": {"steps": 3, "level_power": 1.0}}
+    stages.stage(tmp_path / "other" / "prior", other, fit)
+    assert len(list((tmp_path / "stages").rglob("begun"))) == 2
+
+
 def test_a_stage_is_fitted_once_and_copied_without_its_checkpoints(data, tmp_path):
     stages = SharedStages(tmp_path / "stages", data)
     for name in ("one", "two"):

@@ -36,7 +36,7 @@ class SharedStages:
         """
         if self.root is None or own.exists():
             return fit(own)
-        text = json.dumps(facts, sort_keys=True, default=str)
+        text = json.dumps(_given(facts), sort_keys=True, default=str)
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         group = self.root / f"{self.dataset.name}-{self.dataset.sha256[:8]}"
         shared = group / f"{own.name}-seed{facts['seed']}-{digest}"
@@ -54,6 +54,17 @@ class SharedStages:
         shutil.copytree(shared, part, ignore=shutil.ignore_patterns("checkpoints", "events.*"))
         part.rename(own)
         return fit(own)
+
+
+def _given(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is None, in nested tables as well: as a run's configuration is compared, so that
+    an option that came later makes no other stage where it is left out.
+    """
+    return {
+        key: _given(value) if isinstance(value, Mapping) else value
+        for key, value in facts.items()
+        if value is not None
+    }
 
 
 def _lock(path: Path) -> FileLock:
