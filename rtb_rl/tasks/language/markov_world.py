@@ -42,7 +42,9 @@ class WorldSettings:
     width: int = 64
     depth: int = 2
     pretrain: PretrainSettings = field(
-        default_factory=lambda: PretrainSettings(steps=6000, batch=256, learning_rate=3e-3)
+        default_factory=lambda: PretrainSettings(
+            steps=10_000, batch=256, learning_rate=6e-3, level_power=1.0
+        )
     )
     finetune: FinetuneSettings = field(
         default_factory=lambda: FinetuneSettings(
