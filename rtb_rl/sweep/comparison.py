@@ -17,7 +17,9 @@ Row = Mapping[str, Any]
 
 NEEDED = ("agent", "task", "seed", "dataset", "data_sha256", "origin", "env_id", "returns")
 SAME_IN_TASK = ("data_sha256", "origin", "env_id", "reference_returns")
-SAME_IN_CELL = ("method", "budget", "beta", "overrides")
+SAME_IN_CELL = ("method", "budget", "overrides")
+BETA_BY_RULE = ("ess", "kl")
+"""Overrides by which beta follows from prior and critic, and so from the seed."""
 
 
 def read_rows(paths: Sequence[Path]) -> list[dict[str, Any]]:
@@ -57,7 +59,10 @@ class Comparison:
             _check_same(self.of(task=task), SAME_IN_TASK, f"task {task!r}")
             for agent in self.agents:
                 cell = self.of(task=task, agent=agent)
-                _check_same(cell, SAME_IN_CELL, f"task {task!r}, agent {agent!r}")
+                where = f"task {task!r}, agent {agent!r}"
+                _check_same(cell, SAME_IN_CELL, where)
+                if not any(_has_rule(row) for row in cell):
+                    _check_same(cell, ("beta",), where)
 
     @cached_property
     def tasks(self) -> tuple[str, ...]:
@@ -138,6 +143,11 @@ def _parsed(line: str, place: str) -> dict[str, Any]:
     if not all(isinstance(r, int | float) and math.isfinite(r) for r in row["returns"]):
         raise InputError(f"{place} has returns that aren't finite numbers; run that cell again")
     return row
+
+
+def _has_rule(row: Row) -> bool:
+    overrides = row.get("overrides") or {}
+    return any(overrides.get(rule) is not None for rule in BETA_BY_RULE)
 
 
 def _check_same(rows: Sequence[Row], keys: Sequence[str], where: str) -> None:

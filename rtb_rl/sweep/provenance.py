@@ -92,7 +92,7 @@ def run_table(comparison: Comparison) -> Table:
                 ", ".join(str(row["seed"]) for row in cell),
                 _values(len(row["returns"]) for row in cell),
                 _text(first.get("budget")),
-                _text(first.get("beta")),
+                _values(_short(row.get("beta")) for row in cell),
                 _text(first.get("overrides") or None),
                 _values(str(row["commit"])[:10] for row in cell if row.get("commit")),
                 _days(cell),
@@ -136,6 +136,10 @@ def _failure(line: str, place: str) -> Mapping[str, Any]:
 def _values(values: Iterable[Any]) -> str:
     """The different values, joined."""
     return ", ".join(dict.fromkeys(str(v) for v in values if v is not None)) or NOTHING
+
+
+def _short(beta: float | None) -> str | None:
+    return None if beta is None else f"{beta:.4g}"
 
 
 def _days(rows: Sequence[Row]) -> str:

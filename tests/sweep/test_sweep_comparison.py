@@ -8,6 +8,7 @@ from synthetic_rows import grid, row, write
 from rtb_rl.errors import InputError
 from rtb_rl.sweep.aggregates import aggregate, headline
 from rtb_rl.sweep.comparison import Comparison, read_rows, scores
+from rtb_rl.sweep.provenance import run_table
 
 
 def test_rows_of_several_files_come_together(tmp_path):
@@ -61,11 +62,20 @@ def test_no_file_and_no_rows_are_refused(tmp_path):
         ({"env_id": "Hopper-v5"}, "env_id"),
         ({"budget": "full"}, "budget"),
         ({"overrides": {"steps": 3}}, "overrides"),
+        ({"beta": 4.0}, "beta"),
     ],
 )
 def test_runs_that_are_no_repetitions_are_refused(changed, key):
     with pytest.raises(InputError, match=f"runs differ in {key}.*seed 0.*seed 1"):
         Comparison((row(seed=0), row(seed=1, **changed)))
+
+
+@pytest.mark.parametrize("rule", [{"kl": 0.5}, {"ess": 0.3}])
+def test_beta_by_a_rule_is_each_seeds_own(rule):
+    """Rows of one agent at 1.9 and 2.0 were refused as two different agents."""
+    rows = (row(seed=0, overrides=rule, beta=1.8869), row(seed=1, overrides=rule, beta=2.0137))
+    told = run_table(Comparison(rows)).rows[0][6].text
+    assert told == "1.887, 2.014"
 
 
 def test_agents_of_a_task_may_differ_in_budget_but_not_in_data():
