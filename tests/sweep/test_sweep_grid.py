@@ -14,7 +14,7 @@ from rtb_rl.sweep.grid import chosen, keep_grid, read_grid
 from rtb_rl.sweep.programs import launcher
 
 GOOD = f"""
-agents = ["iql", "{COUNTING}"]
+agents = ["rtb_iql", "{COUNTING}"]
 seeds = [0, 1]
 [settings]
 beta = 2.0
@@ -23,7 +23,7 @@ dataset = "one.hdf5"
 [tasks.two]
 dataset = "two.hdf5"
 env-id = "Pendulum-v1"
-[agents_settings.iql]
+[agents_settings.rtb_iql]
 beta = 3.0
 clip-actions = true
 """
@@ -31,23 +31,35 @@ PLAIN = GOOD[: GOOD.index("[agents_settings")]
 BAD = {
     "not toml": ("agents = [", "is not TOML"),
     "unknown key": (f"{GOOD}\n[task.x]\n", "no key 'task'; did you mean tasks"),
-    "no such agent": (GOOD.replace("iql", "iqll"), "no program 'iqll'; there are iql"),
+    "no such agent": (
+        GOOD.replace("rtb_iql", "rtb_iqll"),
+        "no program 'rtb_iqll'; there are rtb_iql",
+    ),
     "no such module": (GOOD.replace("fake_programs.", "no_programs."), "needs the module no_pr"),
     "a module that is no program": (GOOD.replace(COUNTING, "rtb_rl.errors"), "is no program"),
     "another kind of program": (
-        PLAIN.replace("iql", "rtb_rl.benchmarks.speed"),
+        PLAIN.replace("rtb_iql", "rtb_rl.benchmarks.speed"),
         "has no --dataset",
     ),
     "unknown option": (GOOD.replace("\nbeta = 2", "\nbta = 2"), "no option 'bta'; it has beta"),
-    "option of the task": (GOOD.replace("env-id", "enw_id"), "task two, agent iql: .* 'enw_id'"),
+    "option of the task": (
+        GOOD.replace("env-id", "enw_id"),
+        "task two, agent rtb_iql: .* 'enw_id'",
+    ),
     "given by the runner": (GOOD.replace("beta = 3.0", "seed = 3"), "seed is given by the runner"),
     "named twice": (f"{GOOD}clip_actions = true\n", "name one twice"),
-    "not a number": (GOOD.replace("3.0", '"much"'), "task one, agent iql: Error parsing --beta"),
+    "not a number": (
+        GOOD.replace("3.0", '"much"'),
+        "task one, agent rtb_iql: Error parsing --beta",
+    ),
     "not a choice": (GOOD.replace("beta = 3.0", 'budget = "big"'), "'big' .* '?demo'?"),
     "not a flag": (GOOD.replace("actions = true", "actions = 1"), "clip_actions is 1; it needs t"),
     "a flag for a number": (GOOD.replace("3.0", "true"), "beta is True; it needs a value other"),
     "same seed twice": (GOOD.replace("[0, 1]", "[0, 1, 0]"), "seeds has 0 more than once"),
-    "same agent twice": (GOOD.replace(f'"{COUNTING}"', '"iql"'), "agents has 'iql' more than"),
+    "same agent twice": (
+        GOOD.replace(f'"{COUNTING}"', '"rtb_iql"'),
+        "agents has 'rtb_iql' more than",
+    ),
     "no seeds": (GOOD.replace("[0, 1]", "[]"), "seeds is \\[\\]; give a list of whole numbers"),
     "a word for a seed": (GOOD.replace("[0, 1]", '["0"]'), "give a list of whole numbers"),
     "true for a seed": (GOOD.replace("[0, 1]", "[true]"), "give a list of whole numbers"),
@@ -56,8 +68,14 @@ BAD = {
     "empty mixture": (GOOD.replace('"one.hdf5"', "[]"), "task one has dataset \\[\\]"),
     "a path for a name": (GOOD.replace("tasks.one", 'tasks."../one"'), "can't name a directory"),
     "no program": (f'{GOOD}program = ""\n', "the program is ''; name one, such as rtb_iql"),
-    "a path for an agent": (PLAIN.replace('"iql"', '"../iql"'), "'../iql' can't name a directory"),
-    "agent left out": (GOOD.replace("settings.iql", "settings.bc"), "no agent of the grid: 'bc'"),
+    "a path for an agent": (
+        PLAIN.replace('"rtb_iql"', '"../rtb_iql"'),
+        "'../rtb_iql' can't name a directory",
+    ),
+    "agent left out": (
+        GOOD.replace("settings.rtb_iql", "settings.bc"),
+        "no agent of the grid: 'bc'",
+    ),
 }
 
 
@@ -79,16 +97,16 @@ def written(tmp_path: Path, text: str) -> Path:
 
 def test_cells_come_by_seed_then_task_then_agent_with_the_nearest_option(tmp_path):
     cells = cells_of(written(tmp_path, GOOD))
-    agents = ("iql", COUNTING)
+    agents = ("rtb_iql", COUNTING)
     assert [c.key for c in cells] == [
         (task, agent, seed) for seed in (0, 1) for task in ("one", "two") for agent in agents
     ]
     command = words_of(cells[2], Path("/grid"))
-    assert command[1:5] == ["-m", "rtb_rl", "run", "iql"]
+    assert command[1:5] == ["-m", "rtb_rl", "run", "rtb_iql"]
     assert command[5:] == [
         "--dataset=two.hdf5",
         "--seed=0",
-        "--out=/grid/cells/two/iql/seed0",
+        "--out=/grid/cells/two/rtb_iql/seed0",
         "--stages=/grid/stages",
         "--beta=3.0",
         "--clip-actions",
@@ -103,16 +121,16 @@ def test_cells_come_by_seed_then_task_then_agent_with_the_nearest_option(tmp_pat
     [
         ((), 8),
         (("two",), 4),
-        (("iql", "one"), 2),
+        (("rtb_iql", "one"), 2),
         (("one", "two", "1"), 4),
-        (("iql", "two", "0"), 1),
+        (("rtb_iql", "two", "0"), 1),
     ],
 )
 def test_cells_are_chosen_by_the_names_of_tasks_agents_and_seeds(names, wanted, tmp_path):
     cells = cells_of(written(tmp_path, GOOD))
     found = chosen(cells, names)
     assert len(found) == wanted and found == [cell for cell in cells if cell in found]
-    for kind in ({"one", "two"}, {"iql", COUNTING}, {"0", "1"}):
+    for kind in ({"one", "two"}, {"rtb_iql", COUNTING}, {"0", "1"}):
         asked = kind & set(names) or kind
         words = {str(word) for cell in found for word in cell.key}
         assert words & kind == asked
@@ -131,13 +149,13 @@ def test_a_flag_is_left_out_at_its_default_and_turned_off_by_its_negative(tmp_pa
 
 
 def test_an_agent_of_another_name_is_a_program_with_other_options(tmp_path):
-    text = GOOD.replace('agents = ["iql"', 'agents = ["iql", "strong"')
-    text += '[agents_settings.strong]\nprogram = "iql"\nbeta = 10.0\n'
+    text = GOOD.replace('agents = ["rtb_iql"', 'agents = ["rtb_iql", "strong"')
+    text += '[agents_settings.strong]\nprogram = "rtb_iql"\nbeta = 10.0\n'
     cells = [cell for cell in cells_of(written(tmp_path, text)) if cell.agent == "strong"]
-    assert cells and {cell.program for cell in cells} == {"iql"}
+    assert cells and {cell.program for cell in cells} == {"rtb_iql"}
     assert cells[0].overrides == {"beta": 10.0}
     words = words_of(cells[0], tmp_path)
-    assert words[2:4] == ["rtb_rl", "run"] and words[4] == "iql" and "--beta=10.0" in words
+    assert words[2:4] == ["rtb_rl", "run"] and words[4] == "rtb_iql" and "--beta=10.0" in words
     assert "cells/one/strong/seed0" in str(cells[0].path)
 
 
@@ -183,7 +201,7 @@ def kept(root, text, digests=("1", "2"), name="grid.toml"):
 
 def test_a_directory_takes_more_agents_tasks_and_seeds(tmp_path):
     kept(tmp_path, GOOD)
-    more = GOOD.replace("[0, 1]", "[2, 1, 0]").replace('"iql"', '"iql", "diffusion_bc"')
+    more = GOOD.replace("[0, 1]", "[2, 1, 0]").replace('"rtb_iql"', '"rtb_iql", "diffusion_bc"')
     more += '[agents_settings.diffusion_bc]\nbeta = 9.0\n[tasks.three]\ndataset = "3.hdf5"\n'
     kept(tmp_path, more)
     with pytest.raises(InputError, match="another grid: it has seed 2, which this one lacks"):
@@ -194,7 +212,7 @@ def test_a_directory_takes_more_agents_tasks_and_seeds(tmp_path):
     ("text", "digests", "complaint"),
     [
         (GOOD.replace("2.0", "2.5"), ("1", "2"), "settings has beta 2.0 there and 2.5 here"),
-        (GOOD.replace("3.0", "3.5"), ("1", "2"), "agent iql has beta 3.0 there and 3.5 here"),
+        (GOOD.replace("3.0", "3.5"), ("1", "2"), "agent rtb_iql has beta 3.0 there and 3.5 here"),
         (GOOD.replace("two.hdf5", "2.hdf5"), ("1", "2"), "task two has dataset 'two.hdf5' there"),
         (GOOD, ("1", "9"), "task two has data_sha256 '2' there and '9' here"),
         (GOOD.replace("[0, 1]", "[1]"), ("1", "2"), "it has seed 0, which this one lacks"),
@@ -218,7 +236,7 @@ def test_a_cell_runs_the_package_that_the_runner_runs(tmp_path, monkeypatch, bes
     elsewhere = [path for path in sys.path if path not in ("", str(tmp_path))]
     monkeypatch.setattr(sys, "path", [str(tmp_path)] * beside + elsewhere)
 
-    command = [*launcher("iql"), "--help"]
+    command = [*launcher("rtb_iql"), "--help"]
     said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
 
     assert ("the folder beside" in said) == beside
