@@ -28,6 +28,7 @@ def settings_of(program):
 
 @pytest.mark.parametrize("program", TAKEN)
 def test_options_are_those_with_an_effect(program):
+    assert hasattr(settings_of(program), "critic_steps") == ("critic" in TAKEN[program])
     known = {option for option in OPTIONS if hasattr(settings_of(program), option)}
     assert known == set(TAKEN[program])
 

@@ -321,6 +321,8 @@ def test_bad_input_is_refused_before_anything_is_written(dataset, tiny, tmp_path
         (dict(env_id="HalfCheetah-v5"), "17"),
         (dict(env_id="Hoper-v5"), "Hopper-v5"),
         (dict(critic="nothing_here:make"), "nothing_here"),
+        (dict(critic_steps=0), "--critic-steps is 0; give at least 1"),
+        (dict(critic_steps=9, critic="a:b"), "--critic a:b comes as it is; give one of the two"),
         (dict(beta=-1.0), "beta is -1.0; give a positive number"),
         (dict(beta=0.0, env_id="Hoper-v5"), "beta is 0.0; give a positive number"),
     ]
@@ -339,9 +341,12 @@ def test_bad_input_is_refused_before_anything_is_written(dataset, tiny, tmp_path
 
 def test_mistake_6_the_settings_that_ran_are_those_written_down(dataset, tiny, tmp_path):
     """Published: defaults of the code differ from the paper's, and no file says what was run."""
-    run("rtb_iql", dataset, tmp_path / "run", beta=2.5)
+    run("rtb_iql", dataset, tmp_path / "run", beta=2.5, critic_steps=16)
     config = json.loads((tmp_path / "run" / "posterior" / "config.json").read_text())
     assert config["posterior"]["finetune"]["beta"] == 2.5
+    critic = tmp_path / "run" / "critic"
+    assert json.loads((critic / "config.json").read_text())["critic"]["steps"] == 16
+    assert json.loads((critic / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 16
     last = (tmp_path / "run" / "posterior" / "metrics.jsonl").read_text().splitlines()[-1]
     assert json.loads(last)["rtb/beta"] == 2.5 and json.loads(last)["step"] == 12
 

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from rtb_rl.rl.episodes.environments import make_environment
 from rtb_rl.rl.fitted import fitted_config
 from rtb_rl.rl.jobs.budget import Budget, Tuning, budget_for, find_tuning
 from rtb_rl.rl.jobs.job import Job
-from rtb_rl.rl.jobs.settings import JobSettings, tilt_of
+from rtb_rl.rl.jobs.settings import JobSettings, Tilt, tilt_of
 from rtb_rl.rl.posteriors.strength import check_rule
 from rtb_rl.training.run import Run
 from rtb_rl.training.settings import check_beta
@@ -51,6 +51,8 @@ def open_job(
     if tilt.beta is not None:
         budget = budget.with_beta(tilt.beta)
     check_rule(tilt.beta, tilt.ess, tilt.kl)
+    if tilt.critic_steps is not None:
+        budget = _with_critic_steps(budget, tilt)
     dataset = _dataset(settings, budget)
     check_environment(dataset)
     source = _source(settings, budget)
@@ -77,6 +79,17 @@ def open_job(
     if settings.share is not None:
         _take_over(settings.share, run.directory)
     return Job(settings, tilt, dataset, budget, run)
+
+
+def _with_critic_steps(budget: Budget, tilt: Tilt) -> Budget:
+    if tilt.critic is not None:
+        raise InputError(
+            f"--critic-steps {tilt.critic_steps} is for a critic that is fitted, and --critic"
+            f" {tilt.critic} comes as it is; give one of the two"
+        )
+    if tilt.critic_steps is None or tilt.critic_steps < 1:
+        raise InputError(f"--critic-steps is {tilt.critic_steps}; give at least 1")
+    return replace(budget, critic=replace(budget.critic, steps=tilt.critic_steps))
 
 
 def _tuning(settings: JobSettings, path: Path) -> Tuning:

@@ -41,6 +41,8 @@ class OwnCritic:
 
     critic: str | None = None
     """package.module:factory of a critic of your own, instead of IQL's."""
+    critic_steps: int | None = None
+    """Updates of the critic that is fitted; not given: as the budget says, 40,000 in full."""
 
 
 @dataclass(frozen=True)
