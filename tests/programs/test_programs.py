@@ -8,16 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rtb_rl.benchmarks import extraction
+from tiny_budget import TINY
 
 from rtb_rl.core import effective_sample_size
 from rtb_rl.errors import InputError
-from rtb_rl.rl import Budget, JobSettings, collect, evaluate, load_policy, read_tuning
-from rtb_rl.rl.critics.training import CriticSettings, GaussianSettings
+from rtb_rl.rl import JobSettings, collect, evaluate, load_policy, read_tuning
 from rtb_rl.rl.jobs import opening
 from rtb_rl.rl.jobs.saved import load_iql_critic
 from rtb_rl.rl.posteriors import posterior
-from rtb_rl.rl.posteriors.posterior import PosteriorSettings
-from rtb_rl.training import FinetuneSettings, PretrainSettings, Run, loop
+from rtb_rl.training import Run, loop
 
 pytestmark = pytest.mark.mujoco
 PROGRAMS = {
@@ -33,15 +32,6 @@ PROGRAMS = {
     "dql": ["dql"],
 }
 OWN_STEPS = ("td3_bc", "dql", "qgpo")  # programs with a table of their own of steps for each budget
-TINY = Budget(
-    prior=PretrainSettings(steps=24, batch=32),
-    critic=CriticSettings(steps=24, batch=32),
-    gaussian=GaussianSettings(steps=24, batch=32),
-    posterior=PosteriorSettings(
-        FinetuneSettings(updates=12, beta_warmup=3, conditions=8), diagnostic_rows=2
-    ),
-    episodes=2,
-)
 
 
 @pytest.fixture(scope="module")

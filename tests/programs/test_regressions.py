@@ -6,23 +6,14 @@ import pytest
 import torch
 from rtb_rl.agents import iql, rtb_iql
 from rtb_rl.benchmarks import regressions
+from tiny_budget import TINY
 
 from rtb_rl.errors import InputError
-from rtb_rl.rl import Budget, CriticSettings, GaussianSettings, PosteriorSettings, collect
+from rtb_rl.rl import collect
 from rtb_rl.rl.jobs import opening
 from rtb_rl.rl.jobs.saved import load_gaussian, load_posterior, load_prior
-from rtb_rl.training import FinetuneSettings, PretrainSettings
 
 pytestmark = pytest.mark.mujoco
-TINY = Budget(
-    prior=PretrainSettings(steps=24, batch=32),
-    critic=CriticSettings(steps=24, batch=32),
-    gaussian=GaussianSettings(steps=24, batch=32),
-    posterior=PosteriorSettings(
-        FinetuneSettings(updates=12, beta_warmup=3, conditions=8), diagnostic_rows=2
-    ),
-    episodes=2,
-)
 
 
 @pytest.fixture(scope="module")

@@ -4,23 +4,13 @@ import json
 
 import pytest
 from rtb_rl.agents import rtb_iql, rtb_iql_seeds
+from tiny_budget import TINY
 
 from rtb_rl.errors import InputError
-from rtb_rl.rl import Budget, collect, evaluate, load_policy
-from rtb_rl.rl.critics.training import CriticSettings, GaussianSettings
+from rtb_rl.rl import collect, evaluate, load_policy
 from rtb_rl.rl.jobs import opening
-from rtb_rl.rl.posteriors.posterior import PosteriorSettings
-from rtb_rl.training import FinetuneSettings, PretrainSettings
 
 pytestmark = pytest.mark.mujoco
-FINETUNE = FinetuneSettings(updates=12, beta_warmup=3, conditions=8)
-TINY = Budget(
-    prior=PretrainSettings(steps=24, batch=32),
-    critic=CriticSettings(steps=24, batch=32),
-    gaussian=GaussianSettings(steps=24, batch=32),
-    posterior=PosteriorSettings(FINETUNE, diagnostic_rows=2),
-    episodes=2,
-)
 
 
 def read(path):
