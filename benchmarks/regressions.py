@@ -34,7 +34,7 @@ from rtb_rl.rl.jobs.saved import load_posterior, load_prior, load_run_critic
 from rtb_rl.rl.posteriors.prior_actions import draw_prior_actions
 from rtb_rl.training import Run, generator_for
 
-Source = Literal["data weighted", "data", "prior weighted", "prior", "rtb"]
+Source = Literal["data-weighted", "data", "prior-weighted", "prior", "rtb"]
 STATES = 4096  # in which the mean action is valued
 
 
@@ -91,7 +91,7 @@ def row_of(given: Setting, source: Source, seed: int, settings: Settings) -> dic
     dataset = with_actions_of(given, source, settings.out)
     weighted = source.endswith("weighted")
     chosen = replace(given.gaussian, temperature=given.gaussian.temperature if weighted else 0.0)
-    name = f"{source.replace(' ', '-')}-{seed}"
+    name = f"{source}-{seed}"
     policy = fit_gaussian_policy(settings.out / name, dataset, given.critic, chosen, seed=seed)
     run = Run(settings.out / name / "evaluation", {**data_facts(dataset), "seed": seed})
     episodes = evaluate_methods(
@@ -118,7 +118,7 @@ def row_of(given: Setting, source: Source, seed: int, settings: Settings) -> dic
 
 def with_actions_of(given: Setting, source: Source, out: Path) -> TransitionDataset:
     """The data set, with one draw of the source in each state in place of its action."""
-    whose = source.split()[0]
+    whose = source.split("-")[0]
     if whose == "data":
         return given.dataset
     policy = load_prior(given.run / "prior") if whose == "prior" else load_posterior(given.run)

@@ -30,14 +30,14 @@ def runs(tmp_path_factory):
 
 
 def test_of_the_data_it_is_the_runs_own_policy_and_nothing_is_done_twice(runs, tmp_path):
-    chosen = {"sources": ("data weighted", "rtb"), "seeds": (3, 4), "episodes": 2}
+    chosen = {"sources": ("data-weighted", "rtb"), "seeds": (3, 4), "episodes": 2}
     settings = regressions.Settings(run=runs / "rtb_iql", out=tmp_path, **chosen)
     regressions.main(settings)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [(row["source"], row["seed"]) for row in rows] == [
-        ("data weighted", 3),
+        ("data-weighted", 3),
         ("rtb", 3),
-        ("data weighted", 4),
+        ("data-weighted", 4),
         ("rtb", 4),
     ]
     assert [row["gaussian"]["temperature"] for row in rows] == [3.0, 0.0, 3.0, 0.0]
