@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from rich.console import Console
 
 from rtb_rl.errors import InputError
 from rtb_rl.rl import draws_of, load_dataset, load_policy, measure_extraction
 from rtb_rl.rl.jobs.saved import load_run_critic
-from rtb_rl.training import generator_for
+from rtb_rl.training import generator_for, write_comparison
 from rtb_rl.training.stage import fingerprint
 
 
@@ -138,11 +137,7 @@ def main(settings: Settings) -> None:
         raise InputError("no runs given; name the --out directories of finished runs with --runs")
     check_one_critic(settings.runs)
     rows = each_method_once([row for run in settings.runs for row in rows_of(run, settings)])
-    settings.out.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (settings.out / "rows.jsonl").write_text(text)
-    (settings.out / "table.md").write_text(table(rows))
-    Console().print(table(rows), highlight=False, soft_wrap=True)
+    write_comparison(settings.out, rows, table(rows))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from safetensors.torch import load
 from rtb_rl.errors import InputError
 from rtb_rl.tasks.image import to_images
 from rtb_rl.tasks.image.report import draw_figure, mark, markdown
+from rtb_rl.training import write_comparison
 from rtb_rl.training.table import mean_over_seeds, slug
 
 Rows = Sequence[Mapping[str, Any]]
@@ -95,15 +96,11 @@ def main(settings: Settings) -> None:
     if not settings.runs:
         raise InputError("no runs to make a table of; name finished ones with --runs")
     rows = [row for directory in settings.runs for row in rows_of(directory)]
-    settings.out.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (settings.out / "rows.jsonl").write_text(lines)
-    (settings.out / "table.md").write_text(tables(rows))
+    write_comparison(settings.out, rows, tables(rows))
     draw_samples(settings.runs, settings.out)
     for directory in settings.runs:
         if (directory / "posterior").exists():
             shutil.copy(directory / "figure.png", settings.out / f"{directory.name}.png")
-    print((settings.out / "table.md").read_text())
 
 
 if __name__ == "__main__":

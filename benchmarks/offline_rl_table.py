@@ -18,6 +18,7 @@ import numpy as np
 import tyro
 
 from rtb_rl.errors import InputError
+from rtb_rl.training import write_comparison
 
 METHODS = ("prior", "iql", "best_of_n", "rtb")
 Rows = Sequence[Mapping[str, Any]]
@@ -129,12 +130,8 @@ def main(settings: Settings) -> None:
     if not settings.runs:
         raise InputError("no runs given; name the --out directories of finished runs with --runs")
     rows = [row for directory in settings.runs for row in rows_of(directory)]
-    settings.out.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (settings.out / "rows.jsonl").write_text(text)
-    (settings.out / "table.md").write_text(table(rows))
+    write_comparison(settings.out, rows, table(rows))
     draw(rows, settings.out / "figure.png")
-    print(table(rows))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 import tyro
-from rich.console import Console
 
 from rtb_rl.errors import InputError
 from rtb_rl.rl import (
@@ -32,7 +31,7 @@ from rtb_rl.rl.data.dataset import data_facts
 from rtb_rl.rl.jobs.report import evaluate_methods
 from rtb_rl.rl.jobs.saved import load_posterior, load_prior, load_run_critic
 from rtb_rl.rl.posteriors.prior_actions import draw_prior_actions
-from rtb_rl.training import Run, generator_for
+from rtb_rl.training import Run, generator_for, write_comparison
 
 Source = Literal["data-weighted", "data", "prior-weighted", "prior", "rtb"]
 STATES = 4096  # in which the mean action is valued
@@ -67,7 +66,15 @@ class Setting:
 
 
 def open_run(settings: Settings) -> Setting:
-    """InputError for a run that is not given, not finished, or without a critic's v."""
+    """InputError for a run that is not given, not finished or not of rtb_iql, and for no steps,
+    episodes, seeds or sources.
+    """
+    for name in ("steps", "episodes"):
+        if (value := getattr(settings, name)) is not None and value < 1:
+            raise InputError(f"--{name} is {value}; give at least 1")
+    for name in ("seeds", "sources"):
+        if not getattr(settings, name):
+            raise InputError(f"--{name} is empty; name at least one")
     if settings.run is None or not (settings.run / "results.json").exists():
         raise InputError(
             f"--run {settings.run} is no finished run (no results.json); give the --out directory"
@@ -80,7 +87,8 @@ def open_run(settings: Settings) -> Setting:
             " IQL's; give one of rtb_iql"
         )
     gaussian = GaussianSettings(**config["settings"]["gaussian"])
-    steps = 300 if settings.fast else settings.steps or gaussian.steps
+    steps = gaussian.steps if settings.steps is None else settings.steps
+    steps = 300 if settings.fast else steps
     dataset = load_dataset(config["source"], env_id=config["env_id"])
     given = settings.run, config, dataset, cast(ValueCritic, load_run_critic(settings.run))
     return Setting(*given, replace(gaussian, steps=steps))
@@ -93,13 +101,15 @@ def row_of(given: Setting, source: Source, seed: int, settings: Settings) -> dic
     chosen = replace(given.gaussian, temperature=given.gaussian.temperature if weighted else 0.0)
     name = f"{source}-{seed}"
     policy = fit_gaussian_policy(settings.out / name, dataset, given.critic, chosen, seed=seed)
-    run = Run(settings.out / name / "evaluation", {**data_facts(dataset), "seed": seed})
+    count = 2 if settings.fast else settings.episodes
+    facts = {**data_facts(dataset), "seed": seed, "episodes": count}
+    run = Run(settings.out / name / "evaluation", facts)
     episodes = evaluate_methods(
         run,
         {"mean action": MeanActionPolicy(policy)},
         given.config["env_id"],
         dataset.reference_returns,
-        episodes=2 if settings.fast else settings.episodes,
+        episodes=count,
         seed=0,
     )["mean action"]
     kept = {key: episodes[key] for key in ("returns", "mean_return", "normalised_score")}
@@ -159,14 +169,12 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main(settings: Settings) -> None:
     """Regress and evaluate what is not there yet; write rows and table."""
     given = open_run(settings)
-    rows = []
-    for seed in settings.seeds:
-        for source in settings.sources:
-            rows.append(row_of(given, source, seed, settings))
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            (settings.out / "rows.jsonl").write_text(text)
-    (settings.out / "table.md").write_text(table(rows))
-    Console().print(table(rows), highlight=False, soft_wrap=True)
+    rows = [
+        row_of(given, source, seed, settings)
+        for seed in settings.seeds
+        for source in settings.sources
+    ]
+    write_comparison(settings.out, rows, table(rows))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ runs at several betas curve.png has reward against diversity. Runs that differ b
 are one line, with a mean and its error; what else they differ in stands beside the method.
 """
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from rtb_rl.tasks.text_to_image import PRIOR
 from rtb_rl.tasks.text_to_image.finished import Groups, Lines, groups_of, rows_of
 from rtb_rl.tasks.text_to_image.report import markdown
 from rtb_rl.tasks.text_to_image.tradeoff import Panel, draw_tradeoff, features_of, point_of
+from rtb_rl.training import write_comparison
 from rtb_rl.training.table import mean_over_seeds, slug
 
 
@@ -125,12 +125,8 @@ def joined(runs: Sequence[Path]) -> tuple[list[Mapping[str, Any]], Groups]:
 def main(settings: Settings) -> None:
     """Collect the runs."""
     rows, groups = joined(settings.runs)
-    settings.out.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (settings.out / "rows.jsonl").write_text(lines)
-    (settings.out / "table.md").write_text(tables(groups))
+    write_comparison(settings.out, rows, tables(groups))
     draw(groups, settings.out)
-    print((settings.out / "table.md").read_text())
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from rtb_rl.training.calls import NetworkCalls
 from rtb_rl.training.diagnostics import diagnose, trust
-from rtb_rl.training.evidence import write_rows
+from rtb_rl.training.evidence import write_comparison, write_rows
 from rtb_rl.training.finetune import Finetuner
 from rtb_rl.training.loop import train
 from rtb_rl.training.mix import Mix
@@ -28,5 +28,6 @@ __all__ = [
     "score",
     "train",
     "trust",
+    "write_comparison",
     "write_rows",
 ]

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -29,3 +30,12 @@ def write_rows(run: Run, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, An
     Console(width=110).print(table)
     run.finish({"rows": len(stamped), "hold": sum(row["holds"] for row in stamped)})
     return stamped
+
+
+def write_comparison(directory: Path, rows: Sequence[Mapping[str, Any]], table: str) -> None:
+    """Write rows of a comparison as rows.jsonl and their Markdown as table.md, and print that."""
+    directory.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    replace_file(directory / "rows.jsonl", lines.encode())
+    replace_file(directory / "table.md", table.encode())
+    Console().print(table, highlight=False, markup=False, soft_wrap=True)

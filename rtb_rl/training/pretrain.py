@@ -53,6 +53,7 @@ class Pretrainer:
     ):
         self.diffusion, self.denoiser, self.draw = diffusion, denoiser, draw
         self.settings, self.generator = settings, generator
+        self._weights = _level_weights(diffusion.levels, settings.level_power, generator.device)
         self.average = Average(denoiser, settings.average_decay)
         self.optimiser = torch.optim.AdamW(
             denoiser.parameters(), lr=settings.learning_rate, weight_decay=1e-4, fused=True
@@ -78,11 +79,7 @@ class Pretrainer:
 
     def level_weight(self, level: Tensor) -> Tensor | float:
         """What each level [n] counts: 1 on average over all of them."""
-        power, levels = self.settings.level_power, self.diffusion.levels
-        if power is None:
-            return 1.0
-        each = torch.arange(1, levels + 1, device=level.device).double() ** power
-        return (each / each.mean())[level - 1].float()
+        return 1.0 if self._weights is None else self._weights[level]
 
     @property
     def parts(self) -> dict[str, Stateful]:
@@ -98,3 +95,11 @@ class Pretrainer:
 def random_level(n: int, levels: int, *, generator: Generator) -> Tensor:
     """A level of 1..levels for each of `n` rows, uniformly: int64 [n]."""
     return torch.randint(1, levels + 1, (n,), generator=generator, device=generator.device)
+
+
+def _level_weights(levels: int, power: float | None, device: torch.device) -> Tensor | None:
+    """Of the levels 0..K, [K + 1], 1 on average over 1..K; None without a power."""
+    if power is None:
+        return None
+    each = torch.arange(levels + 1, device=device).double() ** power
+    return (each / each[1:].mean()).float()

@@ -68,6 +68,17 @@ def test_actions_are_draws_of_prior_and_posterior_in_the_states_of_the_data(runs
         assert ((data.actions.mean(0) - fresh.mean(0)).abs() < 5 * error).all()
 
 
+def test_episodes_and_steps_are_what_was_asked_for(runs, tmp_path):
+    given = {"run": runs / "rtb_iql", "out": tmp_path, "sources": ("data",), "seeds": (0,)}
+    regressions.main(regressions.Settings(**given, steps=8, episodes=1))
+    (row,) = map(json.loads, (tmp_path / "rows.jsonl").open())
+    assert row["gaussian"]["steps"] == 8 and len(row["returns"]) == 1
+    with pytest.raises(InputError, match="another configuration: episodes was 1 and is now 2"):
+        regressions.main(regressions.Settings(**given, steps=8, episodes=2))
+    with pytest.raises(InputError, match="another configuration: gaussian.steps was 8"):
+        regressions.main(regressions.Settings(**given, episodes=1))
+
+
 def test_runs_that_lack_something_are_refused(runs, tmp_path):
     for run, words in (
         (None, "--run None is no finished run"),
@@ -76,4 +87,13 @@ def test_runs_that_lack_something_are_refused(runs, tmp_path):
     ):
         with pytest.raises(InputError, match=words):
             regressions.main(regressions.Settings(run=run, out=tmp_path / "out"))
+    given = {"run": runs / "rtb_iql", "out": tmp_path / "out"}
+    for changed, words in (
+        ({"steps": 0}, "--steps is 0; give at least 1"),
+        ({"episodes": 0}, "--episodes is 0; give at least 1"),
+        ({"seeds": ()}, "--seeds is empty"),
+        ({"sources": ()}, "--sources is empty"),
+    ):
+        with pytest.raises(InputError, match=words):
+            regressions.main(regressions.Settings(**given, **changed))
     assert not (tmp_path / "out").exists()

@@ -20,7 +20,7 @@ from rtb_rl.rl.episodes.environments import make_environment
 from rtb_rl.rl.fitted import fitted_config
 from rtb_rl.rl.jobs.budget import Budget, Tuning, budget_for, find_tuning
 from rtb_rl.rl.jobs.job import Job
-from rtb_rl.rl.jobs.settings import JobSettings, Tilt, tilt_of
+from rtb_rl.rl.jobs.settings import JobSettings, tilt_of
 from rtb_rl.rl.posteriors.strength import check_rule
 from rtb_rl.training.run import Run
 from rtb_rl.training.settings import check_beta
@@ -52,7 +52,7 @@ def open_job(
         budget = budget.with_beta(tilt.beta)
     check_rule(tilt.beta, tilt.ess, tilt.kl)
     if tilt.critic_steps is not None:
-        budget = _with_critic_steps(budget, tilt)
+        budget = _with_critic_steps(budget, tilt.critic_steps, tilt.critic)
     dataset = _dataset(settings, budget)
     check_environment(dataset)
     source = _source(settings, budget)
@@ -81,15 +81,15 @@ def open_job(
     return Job(settings, tilt, dataset, budget, run)
 
 
-def _with_critic_steps(budget: Budget, tilt: Tilt) -> Budget:
-    if tilt.critic is not None:
+def _with_critic_steps(budget: Budget, steps: int, own: str | None) -> Budget:
+    if own is not None:
         raise InputError(
-            f"--critic-steps {tilt.critic_steps} is for a critic that is fitted, and --critic"
-            f" {tilt.critic} comes as it is; give one of the two"
+            f"--critic-steps {steps} is for a critic that is fitted, and --critic {own} comes as it"
+            " is; give one of the two"
         )
-    if tilt.critic_steps is None or tilt.critic_steps < 1:
-        raise InputError(f"--critic-steps is {tilt.critic_steps}; give at least 1")
-    return replace(budget, critic=replace(budget.critic, steps=tilt.critic_steps))
+    if steps < 1:
+        raise InputError(f"--critic-steps is {steps}; give at least 1")
+    return replace(budget, critic=replace(budget.critic, steps=steps))
 
 
 def _tuning(settings: JobSettings, path: Path) -> Tuning:
