@@ -101,9 +101,10 @@ def test_gradients_reach_images_and_no_weight(folder, images, tmp_path):
         assert bool((points.grad.flatten(1).norm(dim=1) > 1e-4).all())
         assert not any(weight.requires_grad for weight in reward.parameters())
         assert not any(module.training for module in reward.clip.model.modules())
-        step = 1e-3 * points.grad / points.grad.norm()
+        size = 0.1  # less, and the change of float32 rewards is their rounding
+        step = size * points.grad / points.grad.norm()
         change = reward(images + step, PROMPTS).sum() - reward(images - step, PROMPTS).sum()
-        assert change.item() == pytest.approx(2e-3 * points.grad.norm().item(), rel=0.05)
+        assert change.item() == pytest.approx(2 * size * points.grad.norm().item(), rel=0.01)
 
 
 def test_prompts_must_be_as_many_as_images(folder, images):
