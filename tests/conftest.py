@@ -11,9 +11,13 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"  # before a hub client is imported, which is when it is read
 torch.set_num_threads(1)
 
+LAYERS_SEED = 240520971  # no seed that a test would set
+
 # What a test may change for itself but not leave changed: how it is read, how it is put back.
 # Drawing from torch's global generator is allowed, because the layers of torch take their first
-# weights from it; seeding it is not, because that hides who draws. numpy's may not be touched.
+# weights from it; every test finds it at the same state, so that neither the order of tests nor
+# the worker it runs on changes them. Seeding it is not allowed, because that hides who draws.
+# numpy's may not be touched.
 GLOBALS = {
     "torch's default dtype": (torch.get_default_dtype, torch.set_default_dtype),
     "torch's number of threads": (torch.get_num_threads, torch.set_num_threads),
@@ -47,6 +51,7 @@ def put_back(before: dict[str, object]) -> list[str]:
 @pytest.fixture(autouse=True)
 def unchanged_process() -> Iterator[None]:
     """Fail the test that leaves one of the globals changed, and protect the tests after it."""
+    torch.manual_seed(LAYERS_SEED)
     before = snapshot()
     yield
     changed = put_back(before)
@@ -55,6 +60,7 @@ def unchanged_process() -> Iterator[None]:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what needs a CUDA device where there is none."""
+    """Seed what fixtures of a module draw, and skip what needs a CUDA device where there is none."""
+    torch.manual_seed(LAYERS_SEED)
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")

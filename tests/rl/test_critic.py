@@ -54,9 +54,10 @@ def test_ensemble_starts_with_the_law_of_linear_layers() -> None:
     net = EnsembleMLP(30, 200, members=3, width=200, depth=1, generator=seeded())
     for weight, bias, fan_in in zip(net.weights, net.biases, (30, 200), strict=True):
         bound = fan_in**-0.5
+        rounded = bound * (1 + 1e-6)  # the draws are float32, and may be rounded upwards
         linear = nn.Linear(fan_in, 200)
         for values in (linear.weight, linear.bias, *weight, bias):
-            assert 0.95 * bound < float(values.detach().abs().max()) <= bound
+            assert 0.95 * bound < float(values.detach().abs().max()) <= rounded
         for values in (linear.weight, *weight):
             assert float(values.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.03)
             assert abs(float(values.detach().mean())) < 0.03 * bound
