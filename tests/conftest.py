@@ -60,7 +60,7 @@ def unchanged_process() -> Iterator[None]:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Seed what fixtures of a module draw, and skip what needs a CUDA device where there is none."""
+    """Seed what fixtures of a module draw; skip what needs a CUDA device where there is none."""
     torch.manual_seed(LAYERS_SEED)
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")

@@ -22,7 +22,9 @@ class MaskedTransformer(nn.Module):
 
     Every position sees every other one, but padding. Without time input: which tokens are masked
     says it all (arXiv 2406.07524 section 3). With a `precision` the blocks are evaluated in it, and
-    the logits in that of the weights.
+    the logits in that of the weights. With `positions` every column up to that many has a learned
+    embedding: rotary attention knows how far away it looks but doesn't pass it on, and what a gap
+    is made of can depend on how far the nearest token is.
     """
 
     def __init__(
@@ -33,11 +35,12 @@ class MaskedTransformer(nn.Module):
         width: int = 128,
         depth: int = 4,
         heads: int = 4,
+        positions: int = 0,
         precision: torch.dtype | None = None,
         generator: Generator,
     ):
         super().__init__()
-        shape = (vocabulary, width, depth, heads)
+        shape = (vocabulary, width, depth, heads, positions)
         self.pad = pad
         self.trunk = _Trunk(shape, lambda x: (x != pad)[:, None, None], precision, generator)
         self.bias = nn.Parameter(torch.zeros(vocabulary))
@@ -108,7 +111,7 @@ class CausalTransformer(nn.Module):
         generator: Generator,
     ):
         super().__init__()
-        self.trunk = _Trunk((vocabulary, width, depth, heads), _causal, precision, generator)
+        self.trunk = _Trunk((vocabulary, width, depth, heads, 0), _causal, precision, generator)
         self.bias = nn.Parameter(torch.zeros(vocabulary))
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -125,22 +128,21 @@ class _Trunk(nn.Module):
 
     def __init__(
         self,
-        shape: tuple[int, int, int, int],
+        shape: tuple[int, int, int, int, int],
         mask: Mask,
         precision: torch.dtype | None,
         generator: Generator,
     ):
         super().__init__()
-        vocabulary, width, depth, heads = shape
+        vocabulary, width, depth, heads, positions = shape
         self.mask, self.precision, self.heads = mask, precision, heads
-        table = torch.empty(vocabulary, width, device=generator.device)
-        self.tokens = nn.Embedding(vocabulary, width, _weight=table)
-        table.normal_(std=width**-0.5, generator=generator)
+        self.tokens = nn.Embedding(vocabulary, width, _weight=_table(vocabulary, width, generator))
         self.blocks = nn.ModuleList([_Block(width, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(width)
         self.to(generator.device)
         initialise(self.blocks, generator=generator)
         self._calm()
+        self.places = _table(positions, width, generator) if positions else None
 
     def _calm(self) -> None:
         """Shrink what the blocks add, so that their sum is of order one."""
@@ -152,10 +154,18 @@ class _Trunk(nn.Module):
     def forward(
         self, tokens: Tensor, faded: Tensor | None = None, gate: Tensor | None = None
     ) -> Tensor:
-        width = self.tokens.embedding_dim
-        x, seen = self.tokens(tokens) * width**0.5, self.mask(tokens)
+        width, length = self.tokens.embedding_dim, tokens.shape[1]
+        x, seen = self.tokens(tokens), self.mask(tokens)
+        if self.places is not None:
+            if length > len(self.places):
+                raise ValueError(
+                    f"{length} columns of tokens, but the network was built with positions ="
+                    f" {len(self.places)}; build it for the longest sequence"
+                )
+            x = x + self.places[:length]
+        x = x * width**0.5
         dtype = self.precision or x.dtype
-        turn = _rotation(tokens.shape[1], width // self.heads, tokens.device, dtype)
+        turn = _rotation(length, width // self.heads, tokens.device, dtype)
         with torch.autocast(tokens.device.type, dtype, enabled=self.precision is not None):
             if faded is None or gate is None:
                 for block in self.blocks:
@@ -165,6 +175,12 @@ class _Trunk(nn.Module):
                 for block, share in zip(self.blocks, gate.to(dtype), strict=True):
                     x = block(x, (without, seen), turn, share)
         return self.norm(x)
+
+
+def _table(rows: int, width: int, generator: Generator) -> nn.Parameter:
+    """Embeddings [rows, width] of length about 1."""
+    drawn = torch.empty(rows, width, device=generator.device)
+    return nn.Parameter(drawn.normal_(std=width**-0.5, generator=generator))
 
 
 class _Block(nn.Module):

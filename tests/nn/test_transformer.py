@@ -53,9 +53,10 @@ def logits(network: nn.Module, x: Tensor) -> Tensor:
         return network(x, levels(x), None) if isinstance(network, MaskedTransformer) else network(x)
 
 
-def test_padding_changes_nothing():
-    """Whether all rows have it (then it is cut off) or some."""
-    network, x = masked(), tokens()
+@pytest.mark.parametrize("positions", [0, LENGTH])
+def test_padding_changes_nothing(positions):
+    """Whether all rows have it (then it is cut off, beyond the last position too) or some."""
+    network, x = masked(positions=positions), tokens()
     x[1:, 4:] = PAD
     whole = logits(network, x)
     for row, length in ((0, LENGTH), (1, 4)):
@@ -130,6 +131,17 @@ def test_only_distances_matter():
     network = masked()
     same = logits(network, torch.full((1, LENGTH), 4))
     torch.testing.assert_close(same, same[:, :1].expand_as(same), rtol=1e-5, atol=1e-5)
+
+
+def test_positions_tell_columns_of_one_token_apart():
+    """What `test_only_distances_matter` says of a network without them."""
+    same = logits(masked(positions=LENGTH), torch.full((1, LENGTH), 4))[0]
+    assert bool((torch.pdist(same) > 1e-2).all())
+
+
+def test_a_sequence_beyond_the_last_position_is_refused():
+    with pytest.raises(ValueError, match=f"{LENGTH} columns .* positions = {LENGTH - 1}"):
+        logits(masked(positions=LENGTH - 1), tokens())
 
 
 @pytest.mark.parametrize("make", [masked, causal])

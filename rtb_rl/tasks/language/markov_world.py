@@ -40,10 +40,10 @@ class WorldSettings:
 
     levels: int = 32
     width: int = 64
-    depth: int = 2
+    depth: int = 3
     pretrain: PretrainSettings = field(
         default_factory=lambda: PretrainSettings(
-            steps=10_000, batch=256, learning_rate=6e-3, level_power=1.0
+            steps=4000, batch=256, learning_rate=6e-3, level_power=1.0
         )
     )
     finetune: FinetuneSettings = field(
@@ -128,6 +128,7 @@ class MarkovWorld:
             pad=codec.pad,
             width=settings.width,
             depth=settings.depth,
+            positions=self.window,
             generator=generator,
         )
         return TextPrior(self.frame, network, settings.levels, {})
