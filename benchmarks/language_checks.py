@@ -1,7 +1,7 @@
 """Language posteriors against what is known: enumeration, a Markov chain, and how many masks stay.
 
     rtb-rl bench language_checks --fast --out runs/language-checks-fast    a minute or two
-    rtb-rl bench language_checks --out runs/language-checks                ten minutes of two cores
+    rtb-rl bench language_checks --out runs/language-checks                half an hour of two cores
 
 Three checks. `exact`: a transformer posterior of sequences that can be listed. `markov`: prior and
 posterior of gaps in sequences of a known Markov chain, whose log Z and token marginals follow by
