@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,16 +93,13 @@ def compare_with_truth(
         ("prompt (x, y)", prior.both_sides()),
         ("RTB", prior.both_sides(network)),
     ):
-
-        def marginals_of(part: Any, denoiser: nn.Module = denoiser) -> Tensor:
-            given = (prior.diffusion, denoiser, part, draws)
-            return token_marginals(*given, generator=generator)[..., tokens]
-
-        def weights_of(part: Any, denoiser: nn.Module = denoiser) -> Tensor:
-            return path_weights(world, prior, denoiser, part, min(draws, PATHS), generator)
-
-        told = _few_at_once(marginals_of, condition, draws)
-        weights = _few_at_once(weights_of, condition, min(draws, PATHS))
+        paths = min(draws, PATHS)
+        marginals_of = partial(
+            token_marginals, prior.diffusion, denoiser, n=draws, generator=generator
+        )
+        weights_of = partial(path_weights, world, prior, denoiser, n=paths, generator=generator)
+        told = few_at_once(marginals_of, condition, draws)[..., tokens]
+        weights = few_at_once(weights_of, condition, paths)
         log_z = importance_log_z(weights)[0]
         found[f"{name}: marginal TV"] = float((told - marginals).abs().sum(-1).mean() / 2)
         found[f"{name}: |log Z error|"] = float((log_z - known).abs().mean())
@@ -109,7 +107,7 @@ def compare_with_truth(
     return found
 
 
-def _few_at_once(measure: Callable[[Any], Tensor], condition: Any, paths: int) -> Tensor:
+def few_at_once(measure: Callable[[Any], Tensor], condition: Any, paths: int) -> Tensor:
     """What is measured of a few rows of the condition at a time, each of so many paths."""
     rows = conditions.count(condition) or 1
     parts = conditions.split(condition, rows, max(1, AT_ONCE // paths))

@@ -18,6 +18,7 @@ from rtb_rl.core.protocols import Condition
 from rtb_rl.nn.transformer import MaskedTransformer
 from rtb_rl.tasks.language.denoiser import TextPrior
 from rtb_rl.tasks.language.markov import MarkovChain, stationary_law
+from rtb_rl.tasks.language.markov_fit import AT_ONCE, few_at_once
 from rtb_rl.tasks.language.markov_world import MarkovWorld, WorldSettings, token_marginals
 from rtb_rl.tasks.language.posterior import fit_text_posterior
 from rtb_rl.tasks.language.prompts import Prompts, story_gaps
@@ -223,3 +224,17 @@ def test_a_prior_of_the_world_is_a_transformer_for_its_window():
     drawn = path.x0
     assert bool(((drawn >= 1) & (drawn <= VOCABULARY)).all())
     assert task.log_reward(drawn, condition).shape == (4,) and bool(ratio.isfinite().all())
+
+
+def test_rows_measured_a_few_at_once_come_in_their_order():
+    condition, rows = {"tokens": torch.arange(10).reshape(5, 2)}, []
+
+    def measure(part: dict[str, Tensor]) -> Tensor:
+        rows.append(len(part["tokens"]))
+        return part["tokens"].sum(1)
+
+    found = few_at_once(measure, condition, AT_ONCE // 2)
+    assert rows == [2, 2, 1]
+    assert torch.equal(found, condition["tokens"].sum(1))
+    assert torch.equal(few_at_once(measure, condition, 2 * AT_ONCE), found)
+    assert rows[3:] == [1] * 5
