@@ -25,6 +25,12 @@ with extra("image"):
     from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
 
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
+PRIOR_UNET = "prior_unet"
+LAST_STEPS = """own = pipeline.unet.forward
+prior = {network}.from_pretrained(FOLDER, subfolder="{folder}")
+pipeline.unet.forward = lambda x, t, *args, **more: (
+    (prior if int(t) <= {timestep} else own)(x, t, *args, **more)
+)"""
 
 
 @dataclass(frozen=True)
@@ -86,9 +92,17 @@ def open_pipeline(
 
 
 def save_pipeline(
-    directory: str | Path, unet: UNet2DModel, scheduler: Scheduler, *, card: str
+    directory: str | Path,
+    unet: UNet2DModel,
+    scheduler: Scheduler,
+    *,
+    card: str,
+    prior_unet: UNet2DModel | None = None,
 ) -> None:
     """Write an ordinary DDPMPipeline folder with `card` as its README.md.
+
+    `prior_unet`, for a posterior whose last steps are the prior's, goes into a folder of its own
+    inside; see `last_steps`.
 
     `DDPMPipeline.from_pretrained(directory)(num_inference_steps=levels)` draws the paths of
     `core.rollout` for the same generator, but for the noise of the last step where the scheduler
@@ -97,7 +111,16 @@ def save_pipeline(
     refuse_adapters(unet)
     with replacing(directory, "model_index.json", "pipeline") as partial:
         DDPMPipeline(unet, ddpm_scheduler(scheduler)).save_pretrained(partial)
+        if prior_unet is not None:
+            prior_unet.save_pretrained(partial / PRIOR_UNET)
         (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+def last_steps(unet: nn.Module, timestep: int) -> str:
+    """Python that lets the U-Net in PRIOR_UNET act in the steps of a loaded `pipeline` from this
+    timestep of the scheduler on.
+    """
+    return LAST_STEPS.format(network=type(unet).__name__, folder=PRIOR_UNET, timestep=timestep)
 
 
 def refuse_adapters(unet: nn.Module) -> None:

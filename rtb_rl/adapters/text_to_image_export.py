@@ -15,7 +15,7 @@ from torch import nn
 
 from rtb_rl.adapters.extras import extra
 from rtb_rl.adapters.lora import FILE, lora_weights
-from rtb_rl.adapters.pipelines import refuse_adapters, replacing
+from rtb_rl.adapters.pipelines import PRIOR_UNET, refuse_adapters, replacing
 from rtb_rl.adapters.prompts import TextToImagePipeline
 
 with extra("text-to-image"):
@@ -41,11 +41,17 @@ def save_lora_weights(
 
 
 def save_pipeline_with(
-    directory: str | Path, pipeline: TextToImagePipeline, unet: nn.Module, card: str
+    directory: str | Path,
+    pipeline: TextToImagePipeline,
+    unet: nn.Module,
+    card: str,
+    *,
+    keep_prior: bool = False,
 ) -> None:
     """Write an ordinary folder of the pipeline with `unet` in it, and `card` as its README.md.
 
-    For adapters give merged(unet). Replaces a pipeline that is there; raises InputError rather than
+    With `keep_prior` the pipeline's own U-Net is inside, in PRIOR_UNET: see `last_steps`. For
+    adapters give merged(unet). Replaces a pipeline that is there; raises InputError rather than
     any other folder.
     """
     refuse_adapters(unet)
@@ -53,4 +59,6 @@ def save_pipeline_with(
     changed.register_modules(unet=unet)
     with replacing(directory, "model_index.json", "pipeline") as partial:
         changed.save_pretrained(partial)
+        if keep_prior:
+            pipeline.unet.save_pretrained(partial / PRIOR_UNET)
         (partial / "README.md").write_text(card, encoding="utf-8")

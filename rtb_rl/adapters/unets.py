@@ -66,28 +66,6 @@ class UNetDenoiser(nn.Module):
         return output.to(x.dtype)
 
 
-class PriorAtLevelOne(nn.Module):
-    """The posterior, with the prior's prediction at level 1: the last step costs nothing.
-
-    An alternative to a declared spread of that step, where the prior's own has none: both decode
-    alike, and the log-ratio of the step is exactly zero.
-    """
-
-    def __init__(self, posterior: nn.Module, prior: nn.Module):
-        super().__init__()
-        self.posterior = posterior
-        self.prior = prior
-
-    def forward(self, x: Tensor, level: Tensor, condition: Condition) -> Tensor:
-        prediction = self.posterior(x, level, condition)
-        last = level == 1
-        if not bool(last.any()):
-            return prediction
-        with torch.no_grad():
-            reference = self.prior(x, level, condition)
-        return torch.where(last.reshape(-1, *(1,) * (x.ndim - 1)), reference, prediction)
-
-
 def denoiser_from_unet(
     unet: nn.Module,
     scheduler: Scheduler,

@@ -30,6 +30,7 @@ from rtb_rl.core.denoising_posterior import denoising_posterior_loss
 from rtb_rl.core.gaussian import GaussianDiffusion, ScaledPrediction
 from rtb_rl.core.infilling import Infilling, TokenLogits
 from rtb_rl.core.kernels import GaussianKernel, UnmaskingKernel
+from rtb_rl.core.last_steps import PriorInLastSteps, acting_network, steps_of_prior
 from rtb_rl.core.log_z import ConditionalLogZ, GroupMeanLogZ, ScalarLogZ
 from rtb_rl.core.masked import MaskedDiffusion, RevealPrediction
 from rtb_rl.core.objective import (
@@ -95,6 +96,7 @@ __all__ = [
     "Objective",
     "OnDemand",
     "OnDemandLogProbs",
+    "PriorInLastSteps",
     "RandomOrder",
     "ResampledSampler",
     "RevealLaw",
@@ -111,6 +113,7 @@ __all__ = [
     "Trajectory",
     "UnmaskingKernel",
     "VelocityPrediction",
+    "acting_network",
     "backward_in_chunks",
     "cosine_masking",
     "cosine_schedule",
@@ -140,6 +143,7 @@ __all__ = [
     "rtb",
     "rtb_loss",
     "square",
+    "steps_of_prior",
     "systematic_resampling",
     "trust_pcl_loss",
     "vp_schedule",

@@ -83,12 +83,15 @@ def rtb_loss(residual: Tensor, penalty: Penalty = square) -> Tensor:
     return penalty(residual).mean()
 
 
-def random_levels(levels: int, count: int, batch: int, *, generator: Generator) -> Tensor:
-    """`count` different levels of 1..levels for each path, uniformly: int64 [count, batch]."""
-    if not 1 <= count <= levels:
-        raise ValueError(f"can't draw {count} different levels out of {levels}")
-    order = torch.rand((levels, batch), generator=generator, device=generator.device).argsort(0)
-    return order[:count] + 1
+def random_levels(
+    levels: int, count: int, batch: int, *, first: int = 1, generator: Generator
+) -> Tensor:
+    """`count` different levels of first..levels for each path, uniformly: int64 [count, batch]."""
+    every = levels - first + 1
+    if not 1 <= count <= every:
+        raise ValueError(f"can't draw {count} different levels out of {every}")
+    order = torch.rand((every, batch), generator=generator, device=generator.device).argsort(0)
+    return order[:count] + first
 
 
 def backward_in_chunks(
@@ -98,6 +101,7 @@ def backward_in_chunks(
     weight: Tensor,
     *,
     levels: Tensor | None = None,
+    first: int = 1,
     chunk: int | None = None,
     control: Control | None = None,
 ) -> None:
@@ -105,8 +109,9 @@ def backward_in_chunks(
 
     `weight` [batch] is d loss / d log_ratio, computed without a graph; since the states of a path
     are constants and the prior is frozen, this is the whole gradient. `levels` [count, batch] takes
-    a random subset of the steps of each path and scales by K / count (unbiased). Memory grows with
-    `chunk` rows, not with K.
+    a random subset of the steps of each path and scales by K / count (unbiased). Steps at levels
+    below `first` are known to have no gradient: the subset is then of first..K, scaled by that
+    many. Memory grows with `chunk` rows, not with K.
 
     `control` guesses the weight of a path from x[k] and what the posterior predicts there; the
     guess is taken from the weight of that step. Since E[grad log p_post(x[k-1] | x[k])] = 0, no
@@ -114,9 +119,10 @@ def backward_in_chunks(
     for other paths it must be zero.
     """
     if levels is None:
-        every = torch.arange(1, trajectory.levels + 1, device=weight.device)
+        every = torch.arange(first, trajectory.levels + 1, device=weight.device)
         levels = every[:, None].expand(-1, len(weight))
-    scale, weight = trajectory.levels / levels.shape[0], weight.detach()
+    scale = (trajectory.levels - first + 1) / levels.shape[0]
+    weight = weight.detach()
     for x_before, x, level, condition, path in steps_in_chunks(trajectory, levels, chunk):
         prediction = posterior(x, level, condition)
         kernel = diffusion.kernel(prediction, x, level)

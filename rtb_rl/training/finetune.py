@@ -14,6 +14,7 @@ from rtb_rl.core import (
     random_levels,
     residual,
     rtb,
+    steps_of_prior,
 )
 from rtb_rl.core.protocols import Objective
 from rtb_rl.errors import NonFiniteError
@@ -57,6 +58,7 @@ class Finetuner:
         self.task, self.log_z, self.settings = task, log_z, settings
         self.generator, self.accelerator = generator, accelerator
         self.objective = objective or rtb()
+        self.first = steps_of_prior(task.posterior) + 1  # the lowest level with anything to learn
         self.control = LookAhead(task, self.objective) if look_ahead else None
         self.average = Average(task.posterior, settings.average_decay)
         self.paths = PathSource(task, settings, generator=generator)
@@ -97,6 +99,7 @@ class Finetuner:
             paths,
             ratio.grad,
             levels=self._levels(len(ratio)),
+            first=self.first,
             chunk=settings.chunk,
             control=self.control,
         )
@@ -126,10 +129,10 @@ class Finetuner:
         return {f"rtb/{name}": value for name, value in posterior_bounds(weight).items()}
 
     def _levels(self, batch: int) -> Tensor | None:
-        count = self.settings.levels_per_path
-        if count is None or count >= self.task.diffusion.levels:
+        count, levels = self.settings.levels_per_path, self.task.diffusion.levels
+        if count is None or count > levels - self.first:
             return None
-        return random_levels(self.task.diffusion.levels, count, batch, generator=self.generator)
+        return random_levels(levels, count, batch, first=self.first, generator=self.generator)
 
     def _of_all_processes(self, values: Tensor) -> Tensor:
         if self.accelerator is None:

@@ -12,16 +12,18 @@ no minimiser, and by the divergence of paths (weights 1 / s^2) nearly all noise 
 last few levels, where nothing is to be learned.
 
 The draws are noised, so this is exact where the prior's chain reverses the noising; trajectory
-balance over paths comes after it. The reward needs no gradient.
+balance over paths comes after it. The reward needs no gradient. A posterior that can leave its last
+steps to the prior (PriorInLastSteps) does so where next to nothing of the reward is open.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor, nn
 
-from rtb_rl.core import GaussianDiffusion, conditions
+from rtb_rl.core import GaussianDiffusion, PriorInLastSteps, conditions
 from rtb_rl.core.protocols import Condition
 from rtb_rl.errors import InputError
 from rtb_rl.training.checkpoint import Stateful
@@ -35,6 +37,8 @@ from rtb_rl.training.task import Task
 
 PROBES = 128
 """Draws that measure the noise of a level."""
+OPEN_PROBES = 2048
+"""Draws, if there are as many, that tell what of the reward is open at a level."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,9 @@ class RewardedSettings:
     """Rate of inputs that the prior's network lacks, as a multiple: these start at zero."""
     gradient_clip: float = 10.0
     average_decay: float = 0.99
+    open_limit: float = 0.05
+    """The last steps stay the prior's as far as less than so many nats of the reward are open
+    there, on average under the target; 0: no step does."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +85,8 @@ class RewardedTrainer:
 
     With u = posterior - D, v = x_0 - D, c chosen among the rows of a draw in proportion to w and c'
     in proportion to b, W and B their means over the rows, and n_k = E|v|^2 at level k the loss is
-    K (W (|u_c|^2 / 2 - u_c . v) + B u_c' . v) / n_k. InputError for another diffusion than
-    GaussianDiffusion.
+    K (W (|u_c|^2 / 2 - u_c . v) + B u_c' . v) / n_k, K the number of levels learned. InputError for
+    another diffusion than GaussianDiffusion.
     """
 
     name = "start"
@@ -115,6 +122,12 @@ class RewardedTrainer:
             weight_decay=0.0,
             fused=True,
         )
+        self.first = 1
+        if isinstance(task.posterior, PriorInLastSteps):
+            settled = self._settled_steps()
+            task.posterior.steps.fill_(settled)
+            self.average.module.steps.fill_(settled)
+            self.first = settled + 1
         self.noise = self._noise()
 
     def update(self, step: int) -> Mapping[str, Tensor]:
@@ -134,11 +147,12 @@ class RewardedTrainer:
 
     def loss(self, n: int) -> Tensor:
         """Of `n` draws at random levels; a scalar with graph."""
-        level = random_level(n, self.diffusion.levels, generator=self.generator)
+        learned = self.diffusion.levels - self.first + 1
+        level = self.first - 1 + random_level(n, learned, generator=self.generator)
         drawn = self._draw(level)
         moved, gain, guessed_gain = self._moved(drawn)
         each = drawn.weight * (moved / 2 - gain) + drawn.guess * guessed_gain
-        return self.diffusion.levels * (each / self.noise[level]).mean()
+        return learned * (each / self.noise[level]).mean()
 
     @torch.no_grad()
     def _draw(self, level: Tensor) -> "_Drawn":
@@ -177,10 +191,31 @@ class RewardedTrainer:
         found = score(self.task, repeated, self._condition(rows.flatten()))[0]
         return self.beta * found.reshape(rows.shape) - self.draws.log_z[rows]
 
+    def _settled_steps(self) -> int:
+        """How many steps from the end have less than `open_limit` open; all but one at most."""
+        for k in range(1, self.diffusion.levels):
+            if self._open(k) >= self.settings.open_limit:
+                return k - 1
+        return self.diffusion.levels - 1
+
+    @torch.no_grad()
+    def _open(self, k: int) -> float:
+        """E_w |beta log r(x_0) - beta log r(D(x_k))| over draws weighted by w: nats."""
+        off, total, times = 0.0, 0.0, self.settings.conditions
+        for n in torch.arange(min(OPEN_PROBES, len(self.draws.x0))).split(self.settings.batch):
+            x0, rows, log_weight = self.draws.sample(len(n), times, generator=self.generator)
+            level = torch.full((len(x0),), k, device=x0.device)
+            x = self.diffusion.corrupt(x0, level, generator=self.generator)
+            before = self.task.prior(x, level, self._condition(rows[:, 0]))
+            weight = log_weight.double().exp()
+            off += float((weight * (log_weight - self._log_guess(before, rows)).abs()).sum())
+            total += float(weight.sum())
+        return off / total if total > 0 else math.inf
+
     def _noise(self) -> Tensor:
-        """E|x_0 - D(x_k)|^2 at each level, [K + 1]; 1 at level 0."""
-        found = [torch.ones((), device=self.generator.device)]
-        for k in range(1, self.diffusion.levels + 1):
+        """E|x_0 - D(x_k)|^2 at each level, [K + 1]; 1 where nothing is learned."""
+        found = [torch.ones((), device=self.generator.device)] * self.first
+        for k in range(self.first, self.diffusion.levels + 1):
             drawn = self._draw(torch.full((PROBES,), k, device=self.generator.device))
             found.append(drawn.error.flatten(1).square().sum(1).mean())
         return torch.stack(found)

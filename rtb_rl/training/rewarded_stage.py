@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from rtb_rl.core import steps_of_prior
 from rtb_rl.training.calls import NetworkCalls
 from rtb_rl.training.ema import TrainedState
 from rtb_rl.training.loop import train
@@ -30,7 +31,7 @@ def fit_rewarded(
     seed: int,
 ) -> dict[str, Any]:
     """Move `task.posterior` to the denoiser of its target; the seconds and the calls of `networks`
-    that it took.
+    that it took, and how many last steps are the prior's.
 
     Kept in the directory, and skipped where it is complete. The posterior's parameters are left as
     trainable as they were. InputError for a task with a learned law of the first noise.
@@ -55,10 +56,11 @@ def fit_rewarded(
         )
         calls.stop()
         task.posterior.load_state_dict(trainer.average.module.state_dict())
-        return {"seconds": seconds, "network_calls": calls.total}
+        left = steps_of_prior(task.posterior)
+        return {"seconds": seconds, "network_calls": calls.total, "prior_steps": left}
 
     complete(run, task.posterior, fit, part=TrainedState(task.posterior))
     for parameter in trained:
         parameter.requires_grad_(True)
     found = run.results or {}
-    return {"seconds": found["seconds"], "network_calls": found["network_calls"]}
+    return {name: found[name] for name in ("seconds", "network_calls", "prior_steps")}

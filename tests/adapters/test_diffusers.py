@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from rtb_rl.adapters.pipelines import load_pipeline, open_pipeline, save_pipeline
 from rtb_rl.adapters.schedulers import scheduler_grid
 from rtb_rl.adapters.unets import (
-    PriorAtLevelOne,
     UNetDenoiser,
     UNetInputs,
     with_channels,
@@ -245,24 +244,3 @@ def test_half_precision_inside_only() -> None:
     assert prediction.dtype == torch.float32 and path.x.dtype == torch.float32
     assert 0 < (prediction - reference).abs().max() < 0.1 * reference.abs().max()
     assert (log_ratio(half.diffusion, half.denoiser, half.denoiser, path) == 0).all()
-
-
-def test_decoding_by_the_prior_costs_nothing() -> None:
-    """PriorAtLevelOne: the log-ratio of the last step is zero, that of the others unchanged."""
-    scheduler = DDPMScheduler(clip_sample=False, prediction_type="sample")
-    prior, posterior = (
-        open_pipeline(DDPMPipeline(new_unet(seed), scheduler), levels=4) for seed in (0, 1)
-    )
-    diffusion = prior.diffusion
-    wrapped = PriorAtLevelOne(posterior.denoiser, prior.denoiser)
-    path = rollout(diffusion, wrapped, None, 3, generator=seeded(0))
-    steps = [torch.full((1, 3), k) for k in range(1, 5)]
-    with torch.no_grad():
-        ours = [log_ratio(diffusion, wrapped, prior.denoiser, path, levels=k) for k in steps]
-        free = [
-            log_ratio(diffusion, posterior.denoiser, prior.denoiser, path, levels=k) for k in steps
-        ]
-        mixed = log_ratio(diffusion, wrapped, prior.denoiser, path)
-    assert (ours[0] == 0).all() and (free[0] != 0).all()
-    torch.testing.assert_close(ours[1:], free[1:])
-    torch.testing.assert_close(mixed, torch.stack(ours).sum(0))

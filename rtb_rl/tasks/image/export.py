@@ -5,7 +5,8 @@ from pathlib import Path
 
 from rtb_rl.adapters.extras import extra
 from rtb_rl.adapters.lora import FILE, lora_layers, save_lora
-from rtb_rl.adapters.pipelines import PipelinePrior, save_pipeline
+from rtb_rl.adapters.pipelines import PRIOR_UNET, PipelinePrior, last_steps, save_pipeline
+from rtb_rl.adapters.schedulers import scheduler_grid
 from rtb_rl.training.diagnostics import trust
 
 with extra("image"):
@@ -15,7 +16,7 @@ CARD = """# {target}: a posterior trained by rtb-rl
 
 Its law is p(x) r(x)^beta / Z with beta = {beta}, p the pipeline it was made from and r = {target},
 at {levels} levels and no others. {usage}
-
+{last}
 {trust}
 """
 PLAIN = "`DDPMPipeline.from_pretrained(folder)(num_inference_steps={levels})` draws from it."
@@ -23,6 +24,14 @@ ADAPTERS = (
     "Give the U-Net of the prior's pipeline the mixin diffusers.loaders.PeftAdapterMixin, call"
     f' `unet.load_lora_adapter(folder, weight_name="{FILE}", prefix=None)` and sample as before.'
 )
+LAST = """
+Its last {steps} steps are the prior's{how}
+"""
+WITHOUT_ADAPTERS = (
+    ": call `unet.disable_adapters()` before them and `unet.enable_adapters()` after."
+)
+OTHER_UNET = ": there call the U-Net in {folder}, as `prior(x, t)`."
+SWITCHED = ". In `pipeline`, loaded from FOLDER:\n\n```python\n{switch}\n```"
 CLASSES = (
     "The call of DDPMPipeline has no classes: step through `pipeline.scheduler.timesteps` with"
     " `pipeline.unet(x, t, class_labels=labels)`, after `scheduler.set_timesteps({levels})`."
@@ -41,15 +50,20 @@ def export_posterior(
     *,
     name: str,
     beta: float,
+    prior_steps: int = 0,
     diagnostics: Mapping[str, float],
 ) -> None:
-    """Write lora/ for a network with adapters, else pipeline/, where it is not there yet."""
+    """Write lora/ for a network with adapters, else pipeline/, where it is not there yet.
+
+    The last `prior_steps` steps are those of the prior, and the card says how to have them so.
+    """
     levels = prior.diffusion.levels
     card = CARD.format(
         target=name,
         beta=beta,
         levels=levels,
         usage=_usage(unet).format(levels=levels),
+        last=_last(prior, unet, prior_steps) if prior_steps else "",
         trust=trust(diagnostics),
     )
     if lora_layers(unet):
@@ -59,7 +73,13 @@ def export_posterior(
             (folder / "README.md").write_text(card, encoding="utf-8")
             save_lora(folder, unet)
     elif not (directory / "pipeline").exists():
-        save_pipeline(directory / "pipeline", unet, prior.pipeline.scheduler, card=card)
+        save_pipeline(
+            directory / "pipeline",
+            unet,
+            prior.pipeline.scheduler,
+            card=card,
+            prior_unet=prior.pipeline.unet if prior_steps else None,
+        )
 
 
 def _usage(unet: UNet2DModel) -> str:
@@ -69,3 +89,15 @@ def _usage(unet: UNet2DModel) -> str:
     if unet.class_embedding is not None:
         return CLASSES
     return PLAIN if unet.config["in_channels"] == unet.config["out_channels"] else CHANNELS
+
+
+def _last(prior: PipelinePrior, unet: UNet2DModel, steps: int) -> str:
+    """How plain diffusers leaves the last steps to the prior."""
+    if lora_layers(unet):
+        how = WITHOUT_ADAPTERS
+    elif _usage(unet) != PLAIN:
+        how = OTHER_UNET.format(folder=PRIOR_UNET)
+    else:
+        grid = scheduler_grid(prior.pipeline.scheduler, prior.diffusion.levels)
+        how = SWITCHED.format(switch=last_steps(prior.pipeline.unet, int(grid.timesteps[steps])))
+    return LAST.format(steps=steps, how=how)

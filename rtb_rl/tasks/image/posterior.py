@@ -14,7 +14,7 @@ from rtb_rl.adapters.lora import WithoutLora, add_lora, has_attention, shared_vi
 from rtb_rl.adapters.pipelines import PipelinePrior
 from rtb_rl.adapters.schedulers import scheduler_grid
 from rtb_rl.adapters.unets import denoiser_from_unet
-from rtb_rl.core import Sampler, conditions, rollout
+from rtb_rl.core import PriorInLastSteps, Sampler, conditions, rollout, steps_of_prior
 from rtb_rl.errors import InputError
 from rtb_rl.tasks.image.export import export_posterior
 from rtb_rl.tasks.image.images import to_images
@@ -80,6 +80,8 @@ def posterior_task(
         trained, scheduler, grid, encode=target.encode, precision=prior.precision
     ).to(prior.diffusion.signal.device)
     before = WithoutLora(after) if adapted else prior.denoiser
+    if settings.start is not None:
+        after = PriorInLastSteps(after, before)
     task = Task(
         target.name, prior.diffusion, before, after, target.log_reward, target.draw_conditions
     )
@@ -148,8 +150,15 @@ def fit_posterior(
         begin=partial(start, Path(directory) / "start", beta=finetune.beta, networks=networks),
     )
     if accelerator.is_main_process:
-        told = {"beta": finetune.beta, "diagnostics": results["diagnostics"]}
-        export_posterior(run.directory, prior, unet, name=target.name, **told)
+        export_posterior(
+            run.directory,
+            prior,
+            unet,
+            name=target.name,
+            beta=finetune.beta,
+            prior_steps=steps_of_prior(task.posterior),
+            diagnostics=results["diagnostics"],
+        )
     return ImagePosterior(task, unet, results)
 
 

@@ -30,7 +30,8 @@ def fit_start(
     networks: Iterable[nn.Module],
     seed: int,
 ) -> dict[str, Any]:
-    """Start `task.posterior`; what it took: seconds and calls of `networks`.
+    """Start `task.posterior`; what it took, seconds and calls of `networks`, and
+    how many last steps it leaves to the prior.
 
     The directory keeps draws of the prior and the started posterior; each is skipped when complete.
     Without settings it stays as it is, and nothing is returned. InputError for a target whose
@@ -53,6 +54,7 @@ def fit_start(
         seed=seed,
     )
     return {
+        **found,
         "seconds": drawn["seconds"] + found["seconds"],
         "network_calls": len(x0) * prior.diffusion.levels + found["network_calls"],
     }

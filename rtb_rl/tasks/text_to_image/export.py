@@ -7,9 +7,10 @@ from safetensors.torch import save
 from torch import nn
 
 from rtb_rl.adapters.lora import lora_layers
+from rtb_rl.adapters.pipelines import last_steps
 from rtb_rl.adapters.text_to_image import TextToImagePrior
 from rtb_rl.adapters.text_to_image_export import save_lora_weights, save_pipeline_with
-from rtb_rl.core import StartStep
+from rtb_rl.core import StartStep, steps_of_prior
 from rtb_rl.nn import LearnedStart
 from rtb_rl.training.checkpoint import replace_file
 from rtb_rl.training.diagnostics import trust
@@ -29,16 +30,24 @@ no others. Trained on {prompts}.
 {start}
 {trust}
 """
-LORA = """pipeline = {kind}.from_pretrained(PRIOR)
+LORA = """{before}pipeline = {kind}.from_pretrained(PRIOR)
 pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config, clip_sample=False)
 pipeline.load_lora_weights(FOLDER)
 {call}"""
 PIPELINE = """pipeline = {kind}.from_pretrained(FOLDER)
-{call}"""
+{before}{call}"""
 CALL = (
     "pipeline(PROMPT, num_inference_steps={levels}, eta=1.0, guidance_scale={guidance:g}"
-    "{latents}).images"
+    "{more}).images"
 )
+LAST_STEPS = """def leave_last_steps_to_prior(pipeline, step, t, tensors):
+    if step == {step}:
+        pipeline.disable_lora()
+    return tensors
+
+"""
+CALLBACK = ", callback_on_step_end=leave_last_steps_to_prior"
+ENABLE = "\npipeline.enable_lora()"
 LEARNED = """
 The first noise has a law of its own: with `start` from {file}, `mean, log_scale = start` and
 `latents = mean + log_scale.exp() * torch.randn(...)`.
@@ -58,8 +67,11 @@ def export_posterior(
     folder = directory / ("lora" if lora_layers(unet) else "pipeline")
     if not (folder / "README.md").exists():
         card = model_card(prior, task, unet, beta=beta, diagnostics=diagnostics)
-        write = save_lora_weights if lora_layers(unet) else save_pipeline_with
-        write(folder, prior.pipeline, unet, card=card)
+        if lora_layers(unet):
+            save_lora_weights(folder, prior.pipeline, unet, card=card)
+        else:
+            keep = steps_of_prior(task.posterior) > 0
+            save_pipeline_with(folder, prior.pipeline, unet, card, keep_prior=keep)
     if isinstance(task.posterior, LearnedStart) and not (folder / START).exists():
         start = task.posterior.start.detach().cpu().contiguous()
         replace_file(folder / START, save({"start": start}))
@@ -74,13 +86,6 @@ def model_card(
     diagnostics: Mapping[str, float],
 ) -> str:
     """Reward, beta, how to sample it, and how far it is from its target, as Markdown."""
-    learned = isinstance(task.diffusion, StartStep)
-    call = CALL.format(
-        levels=prior.diffusion.levels,
-        guidance=prior.guidance,
-        latents=", latents=latents" if learned else "",
-    )
-    usage = LORA if lora_layers(unet) else PIPELINE
     texts = prior.prompts.texts
     return CARD.format(
         target=task.name,
@@ -88,11 +93,25 @@ def model_card(
         guidance=prior.guidance,
         levels=prior.diffusion.levels,
         prompts=f"the prompt {texts[0]!r}" if len(texts) == 1 else f"{len(texts)} prompts",
-        usage=usage.format(
-            kind=type(prior.pipeline).__name__,
-            scheduler=type(prior.pipeline.scheduler).__name__,
-            call=call,
-        ),
-        start=LEARNED.format(file=START) if learned else "",
+        usage=_usage(prior, task, unet),
+        start=LEARNED.format(file=START) if isinstance(task.diffusion, StartStep) else "",
         trust=trust(diagnostics),
+    )
+
+
+def _usage(prior: TextToImagePrior, task: Task, unet: nn.Module) -> str:
+    """Python that draws with plain diffusers."""
+    levels, last = prior.diffusion.levels, steps_of_prior(task.posterior)
+    learned, adapted = isinstance(task.diffusion, StartStep), bool(lora_layers(unet))
+    before, more, after = "", ", latents=latents" if learned else "", ""
+    if last and adapted:
+        before, more, after = LAST_STEPS.format(step=levels - last - 1), CALLBACK, ENABLE
+    elif last:
+        before = last_steps(prior.pipeline.unet, int(prior.grid.timesteps[last])) + "\n"
+    call = CALL.format(levels=levels, guidance=prior.guidance, more=more)
+    return (LORA if adapted else PIPELINE).format(
+        kind=type(prior.pipeline).__name__,
+        scheduler=type(prior.pipeline.scheduler).__name__,
+        before=before,
+        call=call + after,
     )

@@ -14,7 +14,7 @@ from torch import nn
 
 from rtb_rl.adapters.lora import add_lora, shared_view
 from rtb_rl.adapters.text_to_image import TextToImagePrior, posterior_denoiser
-from rtb_rl.core import Sampler, StandardStart, StartStep
+from rtb_rl.core import PriorInLastSteps, Sampler, StandardStart, StartStep, acting_network
 from rtb_rl.errors import InputError
 from rtb_rl.nn import LearnedStart
 from rtb_rl.tasks.image.target import check_reward
@@ -88,6 +88,8 @@ def text_to_image_task(
         diffusion = StartStep(prior.diffusion)
         before = StandardStart(before, diffusion)
         after = LearnedStart(after, diffusion).to(prior.diffusion.signal.device)
+    if settings.start is not None:
+        after = PriorInLastSteps(after, before)
     log_reward, draw = target.log_reward(prior), DrawPrompts(len(target.prompts))
     return Task(target.name, diffusion, before, after, log_reward, draw), trained
 
@@ -120,7 +122,7 @@ def fit_text_to_image(
 
     new_trainer()  # settings that don't fit are refused here
     run = open_posterior_run(Path(directory), config, accelerator)
-    networks = {prior.denoiser, task.posterior}
+    networks = {prior.denoiser, acting_network(task.posterior)}
     start = partial(
         fit_start, prior=prior, target=target, task=task, settings=settings.start, seed=seed
     )

@@ -27,7 +27,8 @@ def fit_start(
     batch: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Start `task.posterior`; what it took: seconds and calls of `networks`.
+    """Start `task.posterior`; what it took, seconds and calls of `networks`, and
+    how many last steps it leaves to the prior.
 
     The directory keeps draws of the prior, `batch` drawn at a time, and the started posterior; each
     is skipped when complete. Without settings it stays as it is, and nothing is returned.
@@ -44,6 +45,7 @@ def fit_start(
     place, given = directory / "denoiser", {"beta": beta, "networks": networks, "seed": seed}
     found = fit_rewarded(place, task, draws, settings, **given)
     return {
+        **found,
         "seconds": held.seconds + found["seconds"],
         "network_calls": len(draws.x0) * task.diffusion.levels + found["network_calls"],
     }
