@@ -122,12 +122,13 @@ class RewardedTrainer:
             weight_decay=0.0,
             fused=True,
         )
-        self.first = 1
+        settled = 0
         if isinstance(task.posterior, PriorInLastSteps):
             settled = self._settled_steps()
-            task.posterior.steps.fill_(settled)
-            self.average.module.steps.fill_(settled)
-            self.first = settled + 1
+        for acting in (task.posterior, self.average.module):
+            if isinstance(acting, PriorInLastSteps):
+                acting.steps.fill_(settled)
+        self.first = settled + 1
         self.noise = self._noise()
 
     def update(self, step: int) -> Mapping[str, Tensor]:
