@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from rtb_rl.core import conditions
-from rtb_rl.core.protocols import Condition
+from rtb_rl.core.protocols import Condition, Denoiser
 
 
 class PriorInLastSteps(nn.Module):
@@ -44,6 +44,12 @@ class PriorInLastSteps(nn.Module):
 def steps_of_prior(posterior: nn.Module) -> int:
     """How many of its last steps are the prior's."""
     return int(posterior.steps) if isinstance(posterior, PriorInLastSteps) else 0
+
+
+def shared_steps(denoiser: Denoiser, other: Denoiser) -> int:
+    """In how many last steps the two are one and the same."""
+    shared = isinstance(denoiser, PriorInLastSteps) and denoiser.prior is other
+    return int(denoiser.steps) if shared else 0
 
 
 def acting_network(posterior: nn.Module) -> nn.Module:

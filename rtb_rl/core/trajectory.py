@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from rtb_rl.core import conditions
+from rtb_rl.core.last_steps import shared_steps
 from rtb_rl.core.protocols import Condition, Denoiser, Diffusion
 
 
@@ -92,11 +93,12 @@ def rollout_step_by_step(
     """
     conditions.check_rows(condition, batch)
     x = diffusion.start(batch, generator=generator)
-    path, so_far = [x], []
+    path, so_far, shared = [x], [], shared_steps(denoiser, other)
     for k in range(diffusion.levels, 0, -1):
         level = _constant_level(k, x)
-        kernel = diffusion.kernel(denoiser(x, level, condition), x, level)
-        reference = diffusion.kernel(other(x, level, condition), x, level)
+        kernel = reference = diffusion.kernel(denoiser(x, level, condition), x, level)
+        if k > shared:
+            reference = diffusion.kernel(other(x, level, condition), x, level)
         x = (kernel if widening == 1 else kernel.widened(widening)).sample(generator=generator)
         step = kernel.log_ratio(reference, x)
         so_far.append(so_far[-1] + step if so_far else step)

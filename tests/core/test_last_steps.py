@@ -66,6 +66,19 @@ def test_steps_of_the_prior_cost_nothing_and_others_are_as_before(pair, conditio
     torch.testing.assert_close(ratio, mixed)
 
 
+def test_a_path_asks_the_prior_once_a_step(pair):
+    """In the last steps one prediction of the prior serves both; another prior is asked as well."""
+    prior, posterior = pair
+    wrapped = PriorInLastSteps(posterior, prior, LAST)
+    same, asked = copy.deepcopy(prior), []
+    prior.register_forward_hook(lambda *_: asked.append(1))
+    _, ratio = rollout_against(DIFFUSION, wrapped, prior, None, BATCH, generator=seeded())
+    assert len(asked) == LEVELS
+    _, again = rollout_against(DIFFUSION, wrapped, same, None, BATCH, generator=seeded())
+    assert len(asked) == LEVELS + LAST
+    torch.testing.assert_close(again, ratio, rtol=0, atol=0)
+
+
 def test_gradients_leave_out_steps_that_have_none(pair):
     """`first` is what all levels give, and subsets of first..K have it on average."""
     prior, posterior = pair
