@@ -109,6 +109,8 @@ class RewardedTrainer:
             )
         self.task, self.draws, self.beta, self.settings = task, draws, beta, settings
         self.generator, self.diffusion = generator, task.diffusion
+        # One bound for all guesses: that of a batch would tell them of the batch's own x_0.
+        self.most = float(draws.log_weight.max())
         self.trained = [p for p in task.posterior.parameters() if p.requires_grad]
         self.average = Average(task.posterior, settings.average_decay)
         fresh = {id(p) for p in new_inputs}
@@ -163,7 +165,7 @@ class RewardedTrainer:
         x0, rows, log_weight = self.draws.sample(*given, generator=generator)
         x = self.diffusion.corrupt(x0, level, generator=generator)
         before = task.prior(x, level, self._condition(rows[:, 0]))
-        log_guess = self._log_guess(before, rows).clamp(max=log_weight.max())
+        log_guess = self._log_guess(before, rows).clamp(max=self.most)
         laws = (log_weight.softmax(1), log_guess.softmax(1))
         kept, guessed = (
             rows.gather(1, chosen[:, None])[:, 0]

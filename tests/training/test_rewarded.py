@@ -136,6 +136,16 @@ def test_the_guess_takes_noise_away_and_moves_nothing(monkeypatch):
     assert with_guess.std(0)[0] < 0.5 * without.std(0)[0]
 
 
+def test_a_guess_knows_nothing_but_its_own_point():
+    """Bounded by the other draws of its batch it would know of its own x_0, and bias the loss."""
+    trainer = trainer_of(linear, RewardedSettings())
+    most = trainer.draws.log_weight.max()
+    for _ in range(20):
+        drawn = trainer._draw(torch.full((4,), 2))
+        expected = (TILT * drawn.before[:, 0] - trainer.draws.log_z).clamp(max=most).exp()
+        torch.testing.assert_close(drawn.guess, expected)
+
+
 def test_the_noise_of_a_level_is_the_variance_that_is_left():
     trainer = trainer_of(linear, RewardedSettings())
     expected = 2 * SCHEDULE.noise[1:].square()

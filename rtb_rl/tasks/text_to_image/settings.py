@@ -87,7 +87,7 @@ def budget_for(name: BudgetName, prior: str) -> Budget:
 def _shapes() -> Budget:
     """For 16 x 16 pixels on one core."""
     finetune = FinetuneSettings(
-        updates=60,
+        updates=30,
         beta_warmup=1,
         conditions=64,
         mix=Mix(on_policy=1, data=0),
@@ -105,7 +105,7 @@ def _shapes() -> Budget:
         huber_threshold=20.0,
         linex_limit=4.0,
         look_ahead=True,
-        start=RewardedSettings(),
+        start=RewardedSettings(steps=2000),
         diagnostic_samples=1000,
     )
     return Budget(
