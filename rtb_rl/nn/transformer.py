@@ -43,7 +43,7 @@ class MaskedTransformer(nn.Module):
         shape = (vocabulary, width, depth, heads, positions)
         self.pad = pad
         self.trunk = _Trunk(shape, lambda x: (x != pad)[:, None, None], precision, generator)
-        self.bias = nn.Parameter(torch.zeros(vocabulary))
+        self.bias = nn.Parameter(torch.zeros(vocabulary, device=generator.device))
 
     def forward(self, x: Tensor, level: Tensor, condition: Condition) -> Tensor:
         return self.logits(self.features(x), x.shape[1])
@@ -82,7 +82,8 @@ class GatedTransformer(nn.Module):
         super().__init__()
         self.network = network
         trunk = network.trunk
-        self.gate = nn.Parameter(torch.zeros(len(trunk.blocks), trunk.heads))
+        gates = (len(trunk.blocks), trunk.heads)
+        self.gate = nn.Parameter(torch.zeros(gates, device=network.bias.device))
 
     def forward(self, x: Tensor, level: Tensor, condition: Condition) -> Tensor:
         return self.network.logits(self._features(x, condition), x.shape[1])
@@ -112,7 +113,7 @@ class CausalTransformer(nn.Module):
     ):
         super().__init__()
         self.trunk = _Trunk((vocabulary, width, depth, heads, 0), _causal, precision, generator)
-        self.bias = nn.Parameter(torch.zeros(vocabulary))
+        self.bias = nn.Parameter(torch.zeros(vocabulary, device=generator.device))
 
     def forward(self, tokens: Tensor) -> Tensor:
         return functional.linear(self.trunk(tokens), self.trunk.tokens.weight, self.bias)
@@ -221,7 +222,8 @@ def _mixed(q: Tensor, k: Tensor, v: Tensor, seen: Sequence[Tensor], share: Tenso
 
 def _weights(q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
     scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
-    return scores.masked_fill(~seen, -1e9).softmax(-1)
+    least = torch.finfo(scores.dtype).min  # finite: a row that sees nothing is not NaN
+    return scores.masked_fill(~seen, least).softmax(-1)
 
 
 def _causal(tokens: Tensor) -> Tensor:

@@ -157,6 +157,30 @@ def test_weights_follow_from_the_generator_alone(make):
         assert not torch.equal(one[name], third[name]), name
 
 
+class OnMeta(Generator):
+    """A generator of a device that is not the CPU: what a GPU's would be."""
+
+    device = property(lambda self: torch.device("meta"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_is_on_the_device_of_the_generator(kind):
+    given = {"pad": PAD} if kind is MaskedTransformer else {}
+    network = kind(VOCABULARY, **SHAPE, **given, generator=OnMeta())
+    if isinstance(network, MaskedTransformer):
+        network = GatedTransformer(network)
+    assert {parameter.device.type for parameter in network.parameters()} == {"meta"}
+
+
+def test_weights_of_two_bytes_are_finite_where_nothing_is_seen():
+    """Float16 has no number below -65504."""
+    q, k = (torch.randn((1, 2, LENGTH, 8), generator=seeded(seed)).half() for seed in range(2))
+    seen = torch.ones((LENGTH, LENGTH), dtype=torch.bool).tril(-1)
+    found = transformer._weights(q, k, seen)
+    assert bool(found.isfinite().all())
+    assert not found[..., 1:, :][..., ~seen[1:]].any()
+
+
 @pytest.mark.parametrize("make", [masked, causal])
 def test_half_precision_is_near_single_precision(make):
     """And gives logits in that of the weights, of which none is in half precision."""

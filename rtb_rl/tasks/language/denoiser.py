@@ -48,7 +48,7 @@ class GatedLogits(nn.Module):
     def __init__(self, network: nn.Module, pad: int):
         super().__init__()
         self.network, self.pad = network, pad
-        self.gate = nn.Parameter(torch.zeros(()))
+        self.gate = nn.Parameter(torch.zeros((), device=next(network.parameters()).device))
 
     def forward(self, x: Tensor, level: Tensor, condition: Any) -> Tensor:
         left = self.network(torch.where(condition["right"], self.pad, x), level, condition)

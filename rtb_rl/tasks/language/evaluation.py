@@ -55,8 +55,8 @@ class Examiner:
         """
         flat = [gap for row in infills.gaps for gap in row]
         rows, each = len(infills.gaps), len(flat) // len(infills.gaps)
-        log_reward = self.reward(flat).double().reshape(rows, each).mean(1)
-        wanted = self.reference.mean(self.reference.log_weight / self.beta)[0]
+        log_reward = self.reward(flat).double().cpu().reshape(rows, each).mean(1)
+        wanted = self.reference.mean(self.reference.log_weight / self.beta)[0].cpu()
         texts, human = self._texts(flat), self._texts(self.human)
         written = [text for text in human for _ in range(each)]
         return {
@@ -77,7 +77,7 @@ class Examiner:
         }
 
     def _log_z(self, infills: Infills) -> dict[str, Any]:
-        known = self.reference.log_z
+        known = self.reference.log_z.cpu()
         found: dict[str, Any] = dict.fromkeys(("log_z", "log_z_gap", "elbo", "ess"))
         if infills.log_z is not None:
             log_z = infills.log_z.double().cpu()

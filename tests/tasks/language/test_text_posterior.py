@@ -17,7 +17,7 @@ from rtb_rl.errors import InputError
 from rtb_rl.nn.transformer import MaskedTransformer
 from rtb_rl.tasks.language import posterior as posterior_module
 from rtb_rl.tasks.language.codec import train_word_codec
-from rtb_rl.tasks.language.denoiser import TextPrior
+from rtb_rl.tasks.language.denoiser import TextPrior, fading
 from rtb_rl.tasks.language.foreign import foreign_prior
 from rtb_rl.tasks.language.log_z import ContextValue, network_log_z
 from rtb_rl.tasks.language.posterior import fit_text_posterior, text_task
@@ -541,6 +541,12 @@ def test_a_hub_model_s_posterior_starts_as_the_prior_and_trains(bert, rank, tmp_
         )
     ]
     assert sum(moved) >= (3 if rank else 10)
+
+
+def test_the_gate_of_any_network_is_where_the_network_is():
+    network = nn.Linear(2, 2, device="meta")
+    gate = fading(network, 0).gate
+    assert isinstance(gate, Tensor) and gate.device.type == "meta"
 
 
 def test_adapters_need_layers_of_these_names(bert, tmp_path):
