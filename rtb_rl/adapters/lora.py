@@ -182,7 +182,11 @@ def lora_weights(unet: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def load_lora(directory: str | Path, unet: nn.Module) -> None:
-    """Add to `unet` the LoRA layers that `save_lora` wrote. InputError where there are none."""
+    """Add to `unet` the LoRA layers that `save_lora` wrote.
+
+    InputError where there are none, or where they are not those of this network, which then stays
+    as it is.
+    """
     path = Path(directory) / FILE
     try:
         with safe_open(path, "pt") as file:
@@ -192,25 +196,47 @@ def load_lora(directory: str | Path, unet: nn.Module) -> None:
         raise InputError(
             f"{path} can't be read as LoRA weights ({error}); give a directory that save_lora wrote"
         ) from error
+    _check_without(unet)
+    given = {name: tuple(weight.shape) for name, weight in weights.items()}
+    wanted = _lora_shapes(unet, config["r"], config["target_modules"])
+    for name in sorted(given.keys() | wanted.keys()):
+        if given.get(name) != wanted.get(name):
+            raise InputError(
+                f"{path} has {_said(given.get(name))} for {name}, and this network takes"
+                f" {_said(wanted.get(name))}; load it into the network that it was trained on"
+            )
     _inject(unet, config["r"], config["lora_alpha"], config["target_modules"])
-    result = set_peft_model_state_dict(unet, weights, adapter_name=ADAPTER)
-    if result.unexpected_keys:
-        raise InputError(
-            f"{path} has weights for {result.unexpected_keys[0]}, which this network has not; load"
-            " it into the network that it was trained on"
-        )
+    set_peft_model_state_dict(unet, weights, adapter_name=ADAPTER)
+
+
+def _lora_shapes(unet: nn.Module, rank: int, targets: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """The weights of LoRA layers on the targets, under peft's names."""
+    shapes = {}
+    for name, layer in unet.named_modules():
+        if isinstance(layer, nn.Linear) and any(f".{name}".endswith(f".{t}") for t in targets):
+            shapes[f"{name}.lora_A.weight"] = (rank, layer.in_features)
+            shapes[f"{name}.lora_B.weight"] = (layer.out_features, rank)
+    return shapes
+
+
+def _said(shape: tuple[int, ...] | None) -> str:
+    return "nothing" if shape is None else f"weights {shape}"
 
 
 def _inject(unet: nn.Module, rank: int, alpha: int, targets: Sequence[str]) -> None:
     """LoRA layers with any weights; the global generator, from which peft draws, is put back."""
-    if lora_layers(unet):
-        raise InputError("this network already has LoRA layers; train those, or use merged(unet)")
+    _check_without(unet)
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))
     with torch.random.fork_rng(devices=[]):
         inject_adapter_in_model(config, unet, adapter_name=ADAPTER)
     for layer in lora_layers(unet):
         layer.lora_A.float()  # small updates would be lost in half precision
         layer.lora_B.float()
+
+
+def _check_without(unet: nn.Module) -> None:
+    if lora_layers(unet):
+        raise InputError("this network already has LoRA layers; train those, or use merged(unet)")
 
 
 def _has(network: nn.Module, target: str) -> bool:

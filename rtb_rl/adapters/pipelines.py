@@ -153,12 +153,16 @@ def replacing(directory: str | Path, marker: str, kind: str) -> Iterator[Path]:
     What is there must have the file `marker`, which makes it a `kind`; else InputError. No bars.
     """
     directory = Path(directory)
+    partial, aside = (directory.with_name(f".{directory.name}.{end}") for end in ("partial", "old"))
+    shutil.rmtree(partial, ignore_errors=True)
+    if aside.exists() and not directory.exists():  # killed between the two renames below
+        aside.rename(directory)
     if directory.exists() and not (directory / marker).is_file():
         raise InputError(f"{directory} exists and is no {kind}; give a new directory")
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     with without_progress():
         yield partial
+    shutil.rmtree(aside, ignore_errors=True)
     if directory.exists():
-        shutil.rmtree(directory)
+        directory.rename(aside)
     partial.rename(directory)
+    shutil.rmtree(aside, ignore_errors=True)

@@ -114,7 +114,7 @@ class DenoisingPosterior:
         self.learner.optimiser.add_param_group(
             {"params": list(self.log_z.parameters()), "lr": settings.log_z_learning_rate}
         )
-        self.replay = SampleReplay(settings.replay_capacity)
+        self.replay = SampleReplay(settings.replay_capacity, device=generator.device)
         self.floored = 0
 
     def update(self, step: int) -> Mapping[str, Tensor | float]:

@@ -40,7 +40,13 @@ def denoising_posterior_loss(
     with torch.no_grad():
         reference = _log_prob(prior(x, level, condition), x0, masked)
     ratio = _log_prob(posterior(x, level, condition), x0, masked) - reference
-    return (log_z(x, level, condition) + ratio - beta * log_reward).square().mean()
+    free_energy = log_z(x, level, condition)
+    if free_energy.shape != ratio.shape:
+        raise ValueError(
+            f"log_z returned {tuple(free_energy.shape)} for {len(x0)} points; return one number a"
+            f" point, shape ({len(x0)},)"
+        )
+    return (free_energy + ratio - beta * log_reward).square().mean()
 
 
 def _log_prob(prediction: LogProbs | RevealPrediction, x0: Tensor, masked: Tensor) -> Tensor:

@@ -105,8 +105,12 @@ class GaussianDiffusion(nn.Module):
     def kernel(
         self, prediction: Tensor | ScaledPrediction, x: Tensor, level: Tensor
     ) -> GaussianKernel:
-        """The law of x[level - 1] given x and the predicted x_0; `level` [batch] in 1..K."""
+        """The law of x[level - 1] given x and the predicted x_0; `level` [batch] in 1..K.
+
+        ValueError for a prediction of another shape than x.
+        """
         x0 = prediction.x0 if isinstance(prediction, ScaledPrediction) else prediction
+        _check_shape(x0, x)
         dtype = torch.promote_types(x0.dtype, torch.float32)
         mean = self.weight_x0[level].to(dtype) * x0 + self.weight_x[level].to(dtype) * x
         std = self.std[level].to(dtype)
@@ -130,8 +134,10 @@ class GaussianDiffusion(nn.Module):
     def denoising_loss(self, prediction: Tensor, x0: Tensor, x: Tensor, level: Tensor) -> Tensor:
         """|prediction - x0|^2 / noise[level]^2, mean over coordinates: [batch].
 
-        The squared error of a velocity prediction (arXiv 2202.00512, appendix D).
+        The squared error of a velocity prediction (arXiv 2202.00512, appendix D). ValueError for a
+        prediction of another shape than x_0.
         """
+        _check_shape(prediction, x0)
         error = (prediction - x0) / self.noise[level].to(x0.dtype)
         return error.square().flatten(1).mean(1)
 
@@ -140,6 +146,14 @@ class GaussianDiffusion(nn.Module):
         schedule = Schedule(self.signal.flatten().cpu())
         other = GaussianDiffusion(schedule, self.event_shape, std.cpu(), dtype=self.dtype)
         return other.to(self.signal.device)
+
+
+def _check_shape(prediction: Tensor, x: Tensor) -> None:
+    if prediction.shape != x.shape:
+        raise ValueError(
+            f"the denoiser returned {tuple(prediction.shape)} for x of shape {tuple(x.shape)}; it"
+            " must predict x_0, a tensor of the same shape"
+        )
 
 
 def small_spread(schedule: Schedule, *, floor: float) -> Tensor:

@@ -140,7 +140,10 @@ def exponential_race(log_probs: Tensor, *, generator: Generator) -> Tensor:
 
     The first arrival of exponentials with rates p, as argmax of log p - log E in float64: a uniform
     number in float32 is a multiple of 6e-8, so that rarer tokens would be drawn too often or never.
+    ValueError for NaN, which would be drawn as token 0.
     """
+    if bool(log_probs.isnan().any()):
+        raise ValueError("the denoiser returned NaN for the log-probabilities of tokens")
     uniform = torch.rand(
         log_probs.shape, generator=generator, device=log_probs.device, dtype=torch.float64
     )

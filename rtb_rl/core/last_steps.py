@@ -48,8 +48,9 @@ def steps_of_prior(posterior: nn.Module) -> int:
 
 def shared_steps(denoiser: Denoiser, other: Denoiser) -> int:
     """In how many last steps the two are one and the same."""
-    shared = isinstance(denoiser, PriorInLastSteps) and denoiser.prior is other
-    return int(denoiser.steps) if shared else 0
+    if isinstance(denoiser, PriorInLastSteps) and denoiser.prior is other:
+        return steps_of_prior(denoiser)
+    return 0
 
 
 def acting_network(posterior: nn.Module) -> nn.Module:

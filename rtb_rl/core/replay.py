@@ -11,14 +11,14 @@ class SampleReplay:
     """The last `capacity` final points with their conditions and log-rewards.
 
     Drawn uniformly, or with probability proportional to r^tilt. A drawn point becomes a path by
-    `noise_back`, so nothing about the path it came from is kept.
+    `noise_back`, so nothing about the path it came from is kept. What is loaded goes to `device`.
     """
 
-    def __init__(self, capacity: int, *, tilt: float = 0.0):
+    def __init__(self, capacity: int, *, tilt: float = 0.0, device: torch.device | str = "cpu"):
         self.tilt = tilt
         if capacity < 1:
             raise ValueError(f"capacity must be at least 1, not {capacity}")
-        self.capacity = capacity
+        self.capacity, self.device = capacity, device
         self.x0: Tensor | None = None
         self.condition: Condition = None
         self.log_reward: Tensor | None = None
@@ -28,10 +28,10 @@ class SampleReplay:
 
     def add(self, x0: Tensor, condition: Condition, log_reward: Tensor) -> None:
         """Append rows; the oldest beyond the capacity are forgotten."""
-        if not len(x0) == len(log_reward) == (conditions.count(condition) or len(x0)):
+        if log_reward.shape != (len(x0),) or conditions.count(condition) not in (None, len(x0)):
             raise ValueError(
-                f"{len(x0)} points, {conditions.count(condition)} conditions and {len(log_reward)}"
-                " log-rewards can't be stored together; give one of each a row"
+                f"{len(x0)} points, {conditions.count(condition)} conditions and log-rewards"
+                f" {tuple(log_reward.shape)} can't be stored together; give one of each a row"
             )
         recent = slice(-self.capacity, None)
         if self.x0 is not None and self.log_reward is not None:
@@ -59,5 +59,7 @@ class SampleReplay:
         return {"x0": self.x0, "condition": self.condition, "log_reward": self.log_reward}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        self.x0, self.condition = state_dict["x0"], state_dict["condition"]
-        self.log_reward = state_dict["log_reward"]
+        x0, log_reward = state_dict["x0"], state_dict["log_reward"]
+        self.x0 = None if x0 is None else x0.to(self.device)
+        self.log_reward = None if log_reward is None else log_reward.to(self.device)
+        self.condition = conditions.move(state_dict["condition"], self.device)

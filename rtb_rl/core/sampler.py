@@ -8,6 +8,7 @@ from torch import Generator, Tensor
 from rtb_rl.core import conditions
 from rtb_rl.core.objective import effective_sample_size, log_weight
 from rtb_rl.core.protocols import Condition, Denoiser, Diffusion, LogReward
+from rtb_rl.core.rewards import checked_log_reward
 from rtb_rl.core.trajectory import rollout_against
 
 
@@ -51,8 +52,11 @@ class ResampledSampler:
 
     @torch.no_grad()
     def sample(self, condition: Condition, n: int, *, generator: Generator) -> Tensor:
-        """As `Sampler.sample`. ValueError where fewer than `n` candidates of a row are effective:
-        then resampling would only repeat a few.
+        """As `Sampler.sample`.
+
+        ValueError where fewer than `n` candidates of a row are effective (then resampling would
+        only repeat a few) or none has a positive reward, and for rewards of another shape than
+        [batch]; NonFiniteError where one is NaN or plus infinity.
         """
         rows = conditions.count(condition) or 1
         drawn = n * self.candidates
@@ -60,8 +64,14 @@ class ResampledSampler:
         paths, ratio = rollout_against(
             self.diffusion, self.denoiser, self.prior, each, rows * drawn, generator=generator
         )
-        weight = log_weight(self.log_reward(paths.x0, each), ratio, self.beta)
-        weight = weight.double().reshape(rows, drawn)
+        found = self.log_reward(paths.x0, each)
+        log_reward = checked_log_reward(found, rows * drawn, "log_reward")
+        weight = log_weight(log_reward, ratio, self.beta).double().reshape(rows, drawn)
+        if bool((weight == -torch.inf).all(1).any()):
+            raise ValueError(
+                f"all {drawn} candidates of a row have reward zero; give more candidates, or a"
+                " posterior or prior that draws points of positive reward"
+            )
         effective = float(effective_sample_size(weight).min()) * drawn
         if n > 1 and effective < n:
             raise ValueError(

@@ -55,9 +55,10 @@ def linear_schedule(levels: int, *, first: float = 1e-4, last: float = 0.02) -> 
     beta reaches 1 (levels <= 20).
     """
     beta = torch.linspace(first, last, levels, dtype=torch.float64) * (1000 / levels)
-    if beta[-1] >= 1:
+    largest = last * 1000 / levels
+    if largest >= 1:
         raise ValueError(
-            f"a linear schedule of {levels} levels has beta {beta[-1]:.3g} >= 1 after rescaling;"
+            f"a linear schedule of {levels} levels has beta {largest:.3g} >= 1 after rescaling;"
             f" use more than {int(1000 * last)} levels, or vp_schedule"
         )
     return _from_signal_squared((1 - beta).cumprod(0))

@@ -79,7 +79,7 @@ class EnsembleMLP(nn.Module):
             hidden = self._normalise(layer, sums).relu_()
             outputs.append((sums, hidden))
         values = ((hidden * weight.transpose(1, 2)).sum(2, keepdim=True) + bias).squeeze(2)
-        slope = weight.transpose(1, 2)
+        slope = weight.transpose(1, 2).expand(-1, len(x), -1)
         for layer in range(len(layers) - 1, -1, -1):
             sums, output = outputs[layer]
             slope = self._normalise_gradient(layer, slope * (output > 0), sums)

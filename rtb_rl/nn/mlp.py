@@ -35,7 +35,8 @@ class ResidualMLP(nn.Module):
         self.register_buffer("condition_mean", torch.zeros(condition_size))
         self.register_buffer("condition_std", torch.ones(condition_size))
         self.first = linear(size + condition_size, width, generator=generator)
-        self.level = nn.Embedding(levels + 1, width, _weight=torch.empty(levels + 1, width))
+        table = torch.empty(levels + 1, width, device=generator.device)
+        self.level = nn.Embedding(levels + 1, width, _weight=table)
         self.level.weight.data.normal_(std=0.1, generator=generator)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(blocks + 1))
         self.blocks = nn.ModuleList(
@@ -44,6 +45,7 @@ class ResidualMLP(nn.Module):
         self.last = linear(width, output_size or size, generator=generator)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
+        self.to(generator.device)
 
     def standardise(self, conditions: Tensor) -> None:
         """Set the condition's mean and standard deviation from data: [rows, condition_size]."""
@@ -89,6 +91,7 @@ class MLP(nn.Module):
         self.last = linear(sizes[-1], output_size, generator=generator)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
+        self.to(generator.device)
 
     def standardise(self, inputs: Tensor) -> None:
         """Set the input's mean and standard deviation from data: [rows, input_size]."""

@@ -2,7 +2,7 @@
 
 A checkpoint is a directory `step_00001000/` with `tensors.safetensors` and `state.json`. It is
 written under another name, flushed to disk and renamed, so that it is either whole or not there;
-its digest is checked before it is used, and a damaged one is passed over for the one before it.
+its digests are checked before it is used, and a damaged one is passed over for the one before it.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from rtb_rl.errors import CheckpointError
+from rtb_rl.errors import CheckpointError, NonFiniteError
 
 
 class Stateful(Protocol):
@@ -31,14 +31,21 @@ def save_checkpoint(
 ) -> Path:
     """Write the parts' states as of `step` and forget all but the newest `keep` checkpoints.
 
-    Raises CheckpointError where the disk refuses, naming the newest checkpoint that is whole.
+    Raises CheckpointError where the disk refuses, and NonFiniteError for a state with NaN, which a
+    gradient that is not finite leaves behind a finite loss; both name the newest checkpoint there.
     """
     target = directory / f"step_{step:08d}"
     partial = directory / f".partial_{step:08d}"
     tensors: dict[str, Tensor] = {}
     state = {name: _pack(part.state_dict(), name, tensors) for name, part in parts.items()}
+    _check_no_nan(directory, step, tensors)
     data = save_tensors(tensors)
-    record = {"step": step, "sha256": hashlib.sha256(data).hexdigest(), "parts": state}
+    record = {
+        "step": step,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "parts_sha256": _digest_of(state),
+        "parts": state,
+    }
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -115,11 +122,29 @@ def _read(path: Path) -> tuple[int, dict]:
     data = (path / "tensors.safetensors").read_bytes()
     if hashlib.sha256(data).hexdigest() != record["sha256"]:
         raise ValueError("its tensors don't match their digest")
+    if record.get("parts_sha256", _digest_of(record["parts"])) != _digest_of(record["parts"]):
+        raise ValueError("its state.json doesn't match its digest")
     try:
         tensors = load_tensors(data)
     except Exception as error:
         raise ValueError(f"its tensors can't be read: {error}") from error
     return record["step"], {name: _unpack(part, tensors) for name, part in record["parts"].items()}
+
+
+def _digest_of(state: Any) -> str:
+    """sha256 of plain data as JSON, which reads back as it was written."""
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
+
+
+def _check_no_nan(directory: Path, step: int, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and bool(tensor.isnan().any()):
+            good = newest_checkpoint(directory)
+            raise NonFiniteError(
+                f"{name} holds NaN after step {step}; stopped, and nothing of it is kept. The last"
+                f" good checkpoint is {good or 'none'}. Lower the learning rate, or look for bad"
+                " values in the data"
+            )
 
 
 def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

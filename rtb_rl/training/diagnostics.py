@@ -72,7 +72,7 @@ def diagnose(
         "elbo": float(elbo(weight).mean()),
         "log_z": float(log_z.mean()),
         "log_z_standard_error": float(error.square().sum().sqrt() / rows),
-        **_upper(task, posterior, beta, condition, weight, generator=generator),
+        **_upper(task, posterior, beta, condition, weight, batch, generator=generator),
         "ess": float(effective_sample_size(weight).mean()),
         "residual_std": float(weight.var(1).mean().sqrt()),
         "kl": float(ratio.mean()),
@@ -107,6 +107,7 @@ def _upper(
     beta: float,
     condition: Condition,
     weight: Tensor,
+    batch: int | None,
     *,
     generator: Generator,
 ) -> dict[str, float]:
@@ -117,9 +118,13 @@ def _upper(
     each = conditions.repeat(condition, samples)
     x0 = task.draw_target(condition, samples, generator=generator)
     x0 = x0.reshape(rows * samples, *task.diffusion.event_shape)
-    paths = noise_back(task.diffusion, x0, each, generator=generator)
-    ratio = log_ratio(task.diffusion, posterior, task.prior, paths, chunk=CHUNK)
-    target = log_weight(score(task, x0, each)[0], ratio, beta).reshape(rows, samples)
+    ratios, pieces = [], conditions.split(each, len(x0), batch)
+    for (part, _), points in zip(pieces, x0.split(batch or len(x0)), strict=True):
+        paths = noise_back(task.diffusion, points, part, generator=generator)
+        chunk = batch or CHUNK
+        ratios.append(log_ratio(task.diffusion, posterior, task.prior, paths, chunk=chunk))
+    log_reward = score(task, x0, each)[0]
+    target = log_weight(log_reward, torch.cat(ratios), beta).reshape(rows, samples)
     error = target.double().std(1).square().sum().sqrt() / (rows * samples**0.5)
     return {"eubo": float(eubo(target.double()).mean()), "eubo_standard_error": float(error)}
 

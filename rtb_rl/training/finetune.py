@@ -4,6 +4,7 @@
 
 from collections.abc import Mapping
 
+import torch
 from accelerate import Accelerator
 from torch import Generator, Tensor, nn
 
@@ -26,8 +27,8 @@ from rtb_rl.training.mix import LearnedLogZ, check_mix
 from rtb_rl.training.optimisers import MakeOptimiser, adamw
 from rtb_rl.training.paths import Part, PathSource, merge
 from rtb_rl.training.seeding import GeneratorState
-from rtb_rl.training.settings import FinetuneSettings
-from rtb_rl.training.task import Task
+from rtb_rl.training.settings import FinetuneSettings, check_beta
+from rtb_rl.training.task import Task, trainable
 
 
 class Finetuner:
@@ -39,7 +40,8 @@ class Finetuner:
     `objective` is trajectory balance unless given; those of `core.alternatives` that are gradients
     of an expectation over the posterior need a mix of on-policy paths alone. `look_ahead` takes
     noise from the gradient at the price of more rewards, see LookAhead. `optimiser` is made from
-    groups of parameters. Raises InputError for a mix that can't be drawn or grouped.
+    groups of parameters. Raises InputError for a mix that can't be drawn or grouped, for a beta
+    that is no positive number, and for a posterior without a parameter to train.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Finetuner:
         optimiser: MakeOptimiser = adamw,
     ):
         check_mix(settings.mix, log_z)
+        check_beta(settings.beta)
         self.task, self.log_z, self.settings = task, log_z, settings
         self.generator, self.accelerator = generator, accelerator
         self.objective = objective or rtb()
@@ -62,7 +65,7 @@ class Finetuner:
         self.control = LookAhead(task, self.objective) if look_ahead else None
         self.average = Average(task.posterior, settings.average_decay)
         self.paths = PathSource(task, settings, generator=generator)
-        self.trained = [p for p in task.posterior.parameters() if p.requires_grad]
+        self.trained = trainable(task)
         groups = [{"params": self.trained, "lr": settings.learning_rate}]
         if learned := list(log_z.parameters()):
             groups.append({"params": learned, "lr": settings.log_z_learning_rate})
@@ -81,7 +84,7 @@ class Finetuner:
         ratio.requires_grad_()
         weight = log_weight(log_reward, ratio.detach(), beta)
         if step == 0:
-            self.log_z.start_at(self._of_all_processes(weight))
+            self._start_log_z(weight, log_reward)
         log_z = self.log_z(paths.condition, weight)
         loss = self.objective(log_z, ratio, log_reward, beta)
         log_z = log_z.detach().clone()  # of this update: a scalar shares the parameter's memory
@@ -134,6 +137,12 @@ class Finetuner:
             return None
         return random_levels(levels, count, batch, first=self.first, generator=self.generator)
 
+    def _start_log_z(self, weight: Tensor, log_reward: Tensor) -> None:
+        """From possible points alone: the floor of the others is no estimate of anything."""
+        weight, log_reward = self._of_all_processes(weight), self._of_all_processes(log_reward)
+        possible = log_reward > self.settings.log_reward_floor
+        self.log_z.start_at(weight[possible] if bool(possible.any()) else weight)
+
     def _of_all_processes(self, values: Tensor) -> Tensor:
         if self.accelerator is None:
             return values
@@ -145,10 +154,11 @@ class Finetuner:
         if self.accelerator is None or self.accelerator.num_processes == 1:
             return
         for parameter in [*self.trained, *self.log_z.parameters()]:
-            if parameter.grad is not None:
-                mean = self.accelerator.reduce(parameter.grad, reduction="mean")
-                assert isinstance(mean, Tensor)
-                parameter.grad = mean
+            # All take part: one whose steps asked this parameter nothing has a gradient of zero.
+            own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            mean = self.accelerator.reduce(own, reduction="mean")
+            assert isinstance(mean, Tensor)
+            parameter.grad = mean
 
     @property
     def parts(self) -> dict[str, Stateful]:

@@ -45,7 +45,8 @@ class PathSource:
 
     def __init__(self, task: Task, settings: FinetuneSettings, *, generator: Generator):
         self.task, self.settings, self.generator = task, settings, generator
-        self.replay = SampleReplay(settings.replay_capacity, tilt=settings.replay_tilt)
+        capacity, tilt = settings.replay_capacity, settings.replay_tilt
+        self.replay = SampleReplay(capacity, tilt=tilt, device=generator.device)
         self.floored = 0
 
     def draw(self) -> list[Part]:

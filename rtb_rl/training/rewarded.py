@@ -33,7 +33,8 @@ from rtb_rl.training.rates import cosine
 from rtb_rl.training.rewarded_draws import RewardedDraws, coupled_choice
 from rtb_rl.training.scoring import score
 from rtb_rl.training.seeding import GeneratorState
-from rtb_rl.training.task import Task
+from rtb_rl.training.settings import check_beta
+from rtb_rl.training.task import Task, trainable
 
 PROBES = 128
 """Draws that measure the noise of a level."""
@@ -86,7 +87,8 @@ class RewardedTrainer:
     With u = posterior - D, v = x_0 - D, c chosen among the rows of a draw in proportion to w and c'
     in proportion to b, W and B their means over the rows, and n_k = E|v|^2 at level k the loss is
     K (W (|u_c|^2 / 2 - u_c . v) + B u_c' . v) / n_k, K the number of levels learned. InputError for
-    another diffusion than GaussianDiffusion.
+    another diffusion than GaussianDiffusion, a beta that is no positive number, and a posterior
+    without a parameter to train.
     """
 
     name = "start"
@@ -107,11 +109,12 @@ class RewardedTrainer:
                 f" {type(task.diffusion).__name__}; leave out the start, or the learned law of the"
                 " first noise"
             )
+        check_beta(beta)
         self.task, self.draws, self.beta, self.settings = task, draws, beta, settings
         self.generator, self.diffusion = generator, task.diffusion
         # One bound for all guesses: that of a batch would tell them of the batch's own x_0.
         self.most = float(draws.log_weight.max())
-        self.trained = [p for p in task.posterior.parameters() if p.requires_grad]
+        self.trained = trainable(task)
         self.average = Average(task.posterior, settings.average_decay)
         fresh = {id(p) for p in new_inputs}
         groups = [
@@ -137,7 +140,7 @@ class RewardedTrainer:
         """One gradient step."""
         settings = self.settings
         rate = cosine(settings.learning_rate, step, settings.steps)
-        rate *= min(1.0, (step + 1) / settings.warmup)
+        rate *= min(1.0, (step + 1) / max(settings.warmup, 1))
         for group in self.optimiser.param_groups:
             group["lr"] = rate * group["times"]
         loss = self.loss(settings.batch)

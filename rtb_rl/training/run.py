@@ -138,6 +138,12 @@ class Run:
                 )
         if loaded is not None and step:
             step, states = loaded
+            if missing := [name for name in parts if name not in states]:
+                raise CheckpointError(
+                    f"the checkpoint of step {step} in {self.directory} has no {missing[0]!r}: it"
+                    " was made with other settings; give another directory, or remove this one to"
+                    " start again"
+                )
             for name, part in parts.items():
                 part.load_state_dict(states[name])
         self._drop_metrics_after(step)

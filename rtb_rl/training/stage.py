@@ -5,6 +5,7 @@ made with another configuration. `fingerprint` ties it to the stages before it.
 """
 
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,16 +48,27 @@ def complete(
 def load_weights(directory: Path, module: Stateful, *, name: str = WEIGHTS) -> None:
     """Load a complete stage's weights into a module of the same shape.
 
-    Raises CheckpointError where the file is missing, damaged or of another shape.
+    Raises CheckpointError where the file is missing, damaged (it doesn't match the digest that
+    `complete` kept of it) or of another shape.
     """
     path = directory / name
     try:
-        module.load_state_dict(load(path.read_bytes()))
+        data = path.read_bytes()
+        if name == WEIGHTS and hashlib.sha256(data).hexdigest() != _kept_digest(directory, data):
+            raise ValueError("it doesn't match its digest in results.json")
+        module.load_state_dict(load(data))
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{path} can't be loaded ({reason}); remove {directory} and run the same command again"
         ) from error
+
+
+def _kept_digest(directory: Path, data: bytes) -> str:
+    """What results.json says; of the data themselves where it says nothing."""
+    path = directory / "results.json"
+    kept = json.loads(path.read_bytes()) if path.exists() else {}
+    return kept.get("sha256") or hashlib.sha256(data).hexdigest()
 
 
 def fingerprint(part: object) -> str:

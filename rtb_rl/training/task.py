@@ -8,6 +8,7 @@ from torch import Generator, Tensor, nn
 
 from rtb_rl.core import Diffusion, LogReward, Sampler
 from rtb_rl.core.protocols import Condition
+from rtb_rl.errors import InputError
 
 
 class DrawConditions(Protocol):
@@ -54,3 +55,14 @@ class Task:
 
     def __post_init__(self):
         self.prior.requires_grad_(False).eval()
+
+
+def trainable(task: Task) -> list[nn.Parameter]:
+    """The parameters of the posterior that are to be trained. InputError where there are none."""
+    found = [p for p in task.posterior.parameters() if p.requires_grad]
+    if not found:
+        raise InputError(
+            f"the posterior of task {task.name!r} has no parameter to train: all are frozen, as a"
+            " copy of a prior is, or it is the prior itself; give a copy with requires_grad_()"
+        )
+    return found

@@ -8,6 +8,8 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.loaders import PeftAdapterMixin
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rtb_rl.adapters.lora import (
@@ -20,7 +22,7 @@ from rtb_rl.adapters.lora import (
     merged,
     save_lora,
 )
-from rtb_rl.adapters.pipelines import load_pipeline, open_pipeline, save_pipeline
+from rtb_rl.adapters.pipelines import load_pipeline, open_pipeline, replacing, save_pipeline
 from rtb_rl.adapters.schedulers import diffusion_from_scheduler, scheduler_grid
 from rtb_rl.adapters.unets import denoiser_from_unet
 from rtb_rl.core import ScalarLogZ, log_ratio, rollout
@@ -300,3 +302,49 @@ def test_refusals(tmp_path: Path) -> None:
         load_lora(tmp_path, unet)
     with pytest.raises(InputError, match="load it into the network that it was trained on"):
         load_lora(tmp_path, new_unet(CONVOLUTIONS))
+
+
+def test_a_file_that_lacks_a_layer_is_refused_and_leaves_the_network_as_it_is(tmp_path: Path):
+    unet = new_unet()
+    add_lora(unet, rank=2, generator=seeded(0))
+    save_lora(tmp_path, unet)
+    path = next(tmp_path.glob("*.safetensors"))
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    lacking = next(name for name in weights if "to_k" in name)
+    save_file({k: v for k, v in weights.items() if k != lacking}, path, metadata)
+    again = new_unet()
+    with pytest.raises(InputError, match=f"has nothing for {lacking}"):
+        load_lora(tmp_path, again)
+    assert not lora_layers(again)
+
+
+@pytest.mark.parametrize("killed_after", [1, 2])
+def test_a_folder_outlives_a_kill_while_it_is_replaced(tmp_path, monkeypatch, killed_after):
+    """After the first rename, before the second, or after both: what is there is whole."""
+    target, renames = tmp_path / "pipeline", []
+
+    def write(text):
+        with replacing(target, "marker", "test folder") as folder:
+            folder.mkdir()
+            (folder / "marker").write_text(text)
+
+    write("old")
+    rename = Path.rename
+
+    def dying(self, other):
+        rename(self, other)
+        renames.append(other)
+        if len(renames) == killed_after:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", dying)
+        with pytest.raises(KeyboardInterrupt):
+            write("new")
+    with pytest.raises(ZeroDivisionError), replacing(target, "marker", "test folder"):
+        raise ZeroDivisionError
+    assert (target / "marker").read_text() == ("old" if killed_after == 1 else "new")
+    write("newest")
+    assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]

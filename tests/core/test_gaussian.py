@@ -210,3 +210,14 @@ def test_half_precision_predictions_keep_the_tables_of_the_chain(dtype: torch.dt
     exact = diffusion.kernel(prediction.float(), x, level)
     torch.testing.assert_close(kernel.mean.float(), exact.mean, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(kernel.std.float(), exact.std, rtol=1e-6, atol=1e-6)
+
+
+def test_a_prediction_of_another_shape_is_refused_not_broadcast():
+    schedule = cosine_schedule(4)
+    diffusion = GaussianDiffusion(schedule, (1,), small_spread(schedule, floor=0.1))
+    x, level = torch.zeros(5, 1), torch.ones(5, dtype=torch.int64)
+    for wrong in (torch.zeros(5), torch.zeros(5, 2)):
+        with pytest.raises(ValueError, match=r"for x of shape \(5, 1\)"):
+            diffusion.kernel(wrong, x, level)
+        with pytest.raises(ValueError, match=r"for x of shape \(5, 1\)"):
+            diffusion.denoising_loss(wrong, x, x, level)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from rtb_rl.core import GaussianKernel
+from rtb_rl.core.kernels import exponential_race
 
 
 def draw(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -135,3 +136,9 @@ def test_gradient_reaches_the_mean_and_samples_carry_no_graph():
     assert not x.requires_grad
     kernel.log_prob(x).sum().backward()
     torch.testing.assert_close(mean.grad, x - mean.detach())
+
+
+def test_tokens_of_nan_are_refused_not_drawn_as_token_0():
+    log_probs = torch.tensor([[0.0, -torch.inf], [torch.nan, 0.0]])
+    with pytest.raises(ValueError, match="NaN for the log-probabilities"):
+        exponential_race(log_probs, generator=torch.Generator().manual_seed(0))

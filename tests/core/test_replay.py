@@ -90,3 +90,20 @@ def test_a_tilted_replay_of_prior_draws_draws_from_the_target():
     drawn = replay.sample(20_000, generator=generator)[0]
     assert float(drawn.mean()) == pytest.approx(1.0, abs=0.03)
     assert float(drawn.var()) == pytest.approx(1.0, abs=0.05)
+
+
+def test_what_was_saved_on_one_device_goes_to_that_of_the_replay():
+    saved = SampleReplay(4)
+    saved.add(*rows(0, 3))
+    replay = SampleReplay(4, device="meta")
+    replay.load_state_dict(saved.state_dict())
+    assert isinstance(replay.condition, dict) and replay.x0 is not None
+    held = (replay.x0, replay.condition["state"], replay.log_reward)
+    assert all(tensor is not None and tensor.device.type == "meta" for tensor in held)
+    replay.load_state_dict(SampleReplay(4).state_dict())
+    assert len(replay) == 0
+
+
+def test_one_number_a_point_alone_is_stored():
+    with pytest.raises(ValueError, match=r"3 points, 3 conditions and log-rewards \(3, 1\)"):
+        SampleReplay(4).add(*rows(0, 3)[:2], torch.zeros(3, 1))

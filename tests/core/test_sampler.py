@@ -14,6 +14,7 @@ from rtb_rl.core import (
     rollout,
 )
 from rtb_rl.core.gaussian import small_spread
+from rtb_rl.errors import InputError, NonFiniteError
 
 SCHEDULE = cosine_schedule(6)
 DIFFUSION = GaussianDiffusion(
@@ -100,3 +101,18 @@ def test_too_few_effective_candidates_are_refused():
     )
     with pytest.raises(ValueError, match="of 200 candidates are effective, fewer than the 100"):
         sampler.sample(None, 100, generator=seeded())
+
+
+def test_rewards_that_can_t_weigh_candidates_are_refused():
+    """Not resampled: NaN would keep the first candidate alone, n times."""
+
+    def resampled(log_reward):
+        sampler = ResampledSampler(ONE_STEP, at(0.5), at(0.0), log_reward, candidates=4)
+        return sampler.sample(None, 3, generator=seeded())
+
+    with pytest.raises(NonFiniteError, match="NaN or .inf at 1 of 12 points"):
+        resampled(lambda x0, c: torch.where(torch.arange(len(x0)) == 5, torch.nan, x0[:, 0]))
+    with pytest.raises(ValueError, match="all 12 candidates of a row have reward zero"):
+        resampled(lambda x0, c: torch.full((len(x0),), -torch.inf))
+    with pytest.raises(InputError, match=r"\(12, 1\) for 12 points"):
+        resampled(lambda x0, c: x0)

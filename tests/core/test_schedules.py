@@ -153,3 +153,8 @@ def test_a_chain_that_stops_short_of_clean_data_keeps_that_noise():
     x, x0 = (torch.tensor([[v]], dtype=torch.float64) for v in (0.5, 0.3))
     mean = diffusion.kernel(x0, x, torch.tensor([1])).mean
     assert mean.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_one_level_is_too_few_for_a_linear_schedule_as_well():
+    with pytest.raises(ValueError, match="1 levels has beta 20 >= 1"):
+        linear_schedule(1)

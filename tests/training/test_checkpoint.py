@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from rtb_rl.errors import CheckpointError
+from rtb_rl.errors import CheckpointError, NonFiniteError
 from rtb_rl.training import checkpoint
 from rtb_rl.training.checkpoint import load_checkpoint, save_checkpoint
 from rtb_rl.training.seeding import GeneratorState
@@ -99,14 +99,24 @@ def damage_json(path):
     (path / "state.json").write_text('{"step": 2, "par')
 
 
+def damage_number(path):
+    """Still JSON, of another number."""
+    text = (path / "state.json").read_text()
+    (path / "state.json").write_text(text.replace("0.125", "0.625"))
+
+
 def damage_missing(path):
     (path / "tensors.safetensors").unlink()
 
 
-@pytest.mark.parametrize("damage", [damage_truncate, damage_flip, damage_json, damage_missing])
+DAMAGES = [damage_truncate, damage_flip, damage_json, damage_number, damage_missing]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, damage):
     for step in (1, 2):
-        save_checkpoint(tmp_path, step, {"part": Holder({"x": torch.full((8,), float(step))})})
+        state = {"x": torch.full((8,), float(step)), "rate": 0.125}
+        save_checkpoint(tmp_path, step, {"part": Holder(state)})
     damage(tmp_path / "step_00000002")
     said = []
     step, states = load_checkpoint(tmp_path, said.append)
@@ -181,3 +191,10 @@ def test_a_write_cut_short_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 def test_what_can_t_be_stored_is_named(tmp_path):
     with pytest.raises(TypeError, match="part/bad is a set"):
         save_checkpoint(tmp_path, 1, {"part": Holder({"bad": {1, 2}})})
+
+
+def test_a_state_with_nan_is_not_kept(tmp_path):
+    save_checkpoint(tmp_path, 1, {"part": Holder({"x": torch.zeros(2)})})
+    with pytest.raises(NonFiniteError, match=r"part/x holds NaN after step 2.*step_00000001"):
+        save_checkpoint(tmp_path, 2, {"part": Holder({"x": torch.tensor([0.0, torch.nan])})})
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]

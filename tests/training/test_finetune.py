@@ -296,16 +296,19 @@ def one_step_task(draw_target=None):
     )
 
 
-def test_diagnostics_against_closed_forms():
+@pytest.mark.parametrize("batch", [None, 7000])
+def test_diagnostics_against_closed_forms(batch):
     """KL(N(0.4, 1) | N(1, 1)) = 0.18 on either side of log Z = 1/2."""
 
     def draw_target(condition, n, *, generator):
         return 1 + torch.randn((n, 1), generator=generator, dtype=torch.float64)
 
-    task = one_step_task(draw_target)
-    found = diagnose(
-        task, task.posterior, 1.0, samples=40_000, generator=torch.Generator().manual_seed(0)
-    )
+    task, rows = one_step_task(draw_target), []
+    task.posterior.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    given = {"samples": 40_000, "batch": batch}
+    generator = torch.Generator().manual_seed(0)
+    found = diagnose(task, task.posterior, 1.0, **given, generator=generator)
+    assert batch is None or max(rows) == batch
     assert found["elbo"] == pytest.approx(0.5 - 0.18, abs=0.01)
     assert found["eubo"] == pytest.approx(0.5 + 0.18, abs=0.01)
     assert found["eubo_standard_error"] == pytest.approx(0.6 / 200, rel=0.05)

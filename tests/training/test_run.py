@@ -7,7 +7,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rtb_rl.errors import InputError, NonFiniteError
+from rtb_rl.errors import CheckpointError, InputError, NonFiniteError
 from rtb_rl.training import GeneratorState, Run, train
 
 
@@ -164,3 +164,11 @@ def test_an_empty_table_is_not_the_same_as_none(tmp_path):
     Run(tmp_path, {"own": {}})
     with pytest.raises(InputError, match=r"own was \{\} and is now not given"):
         Run(tmp_path, {})
+
+
+def test_a_checkpoint_of_other_settings_is_one_clear_error(tmp_path):
+    run = Run(tmp_path, {})
+    walk = Walk()
+    run.save(1, {"walk": walk})
+    with pytest.raises(CheckpointError, match="step 1 .* has no 'generator'.*other settings"):
+        run.restore(walk.parts)
