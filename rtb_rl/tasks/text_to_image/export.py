@@ -30,7 +30,7 @@ no others. Trained on {prompts}.
 {start}
 {trust}
 """
-LORA = """{before}pipeline = {kind}.from_pretrained(PRIOR)
+LORA = """{before}pipeline = {kind}.from_pretrained(PRIOR{without})
 pipeline.scheduler = {scheduler}.from_config(pipeline.scheduler.config, clip_sample=False)
 pipeline.load_lora_weights(FOLDER)
 {call}"""
@@ -38,8 +38,9 @@ PIPELINE = """pipeline = {kind}.from_pretrained(FOLDER)
 {before}{call}"""
 CALL = (
     "pipeline(PROMPT, num_inference_steps={levels}, eta=1.0, guidance_scale={guidance:g}"
-    "{more}).images"
+    "{asked}{more}).images"
 )
+UNCHECKED = ", safety_checker=None"
 LAST_STEPS = """def leave_last_steps_to_prior(pipeline, step, t, tensors):
     if step == {step}:
         pipeline.disable_lora()
@@ -108,10 +109,24 @@ def _usage(prior: TextToImagePrior, task: Task, unet: nn.Module) -> str:
         before, more, after = LAST_STEPS.format(step=levels - last - 1), CALLBACK, ENABLE
     elif last:
         before = last_steps(prior.pipeline.unet, int(prior.grid.timesteps[last])) + "\n"
-    call = CALL.format(levels=levels, guidance=prior.guidance, more=more)
+    given = {"levels": levels, "guidance": prior.guidance}
+    call = CALL.format(**given, asked=_asked(prior), more=more)
+    unchecked = getattr(prior.pipeline, "safety_checker", UNCHECKED) is None
     return (LORA if adapted else PIPELINE).format(
         kind=type(prior.pipeline).__name__,
+        without=UNCHECKED if unchecked else "",
         scheduler=type(prior.pipeline.scheduler).__name__,
         before=before,
         call=call + after,
     )
+
+
+def _asked(prior: TextToImagePrior) -> str:
+    """What a call is told beside the prompt, where that is not what a pipeline does by itself."""
+    negative, factor = prior.prompts.negative, prior.pipeline.vae_scale_factor
+    asked = f", negative_prompt={negative!r}" if negative else ""
+    height, width = prior.diffusion.event_shape[-2:]
+    own = prior.pipeline.unet.config["sample_size"]  # of one or two sides, in latents
+    if own not in ((height, width), [height, width]) and (own, own) != (height, width):
+        asked += f", height={factor * height}, width={factor * width}"
+    return asked

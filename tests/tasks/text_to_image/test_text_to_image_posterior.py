@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -133,6 +134,28 @@ def test_the_exported_lora_gives_the_same_latents_in_plain_diffusers(whole):
     assert (
         "beta = 2" in card and "log Z between" in card and f"num_inference_steps={LEVELS}" in card
     )
+
+
+@pytest.mark.parametrize("asked", [{}, {"negative": "ugly"}, {"size": 32}, {"size": (16, 32)}])
+def test_the_card_asks_for_what_the_prior_was_opened_with(asked, tmp_path):
+    """Its call gives the latents of our chain, of that size and away from the negative prompt."""
+    tiny_sd().save_pretrained(tmp_path / "prior")
+    prior = open_text_to_image(tiny_sd(), PROMPTS, levels=LEVELS, guidance=GUIDANCE, **asked)
+    found = fit(tmp_path / "run", replace(TINY, finetune=replace(TINY.finetune, updates=1)), prior)
+    folder = tmp_path / "run" / "lora"
+    code = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    assert "safety_checker=None" in code and ("height" in code) == ("size" in asked)
+    code = code.replace("pipeline(PROMPT", "latents = pipeline(PROMPT").replace(
+        "eta=1.0", 'eta=1.0, output_type="latent", generator=torch.Generator().manual_seed(1)'
+    )
+    names = {"PRIOR": tmp_path / "prior", "FOLDER": folder, "PROMPT": PROMPTS[0], "torch": torch}
+    names |= {
+        name: getattr(diffusers, name) for name in ("StableDiffusionPipeline", "DDIMScheduler")
+    }
+    exec(code, names)
+    task, first = found.task, torch.zeros(1, dtype=torch.int64)
+    ours = rollout(task.diffusion, task.posterior, first, 1, generator=seeded(1)).x0
+    torch.testing.assert_close(names["latents"], ours, atol=2e-3, rtol=1e-3)
 
 
 def call(generator):
