@@ -76,8 +76,9 @@ def main(settings: Settings) -> None:
     chosen = replace(energy, beta=job.posterior_settings(prior, critic).finetune.beta)
     facts = {
         "qgpo": asdict(chosen),
-        "made_of": (fingerprint(prior), fingerprint(critic)),
+        **job.made_of(prior, critic),
         "watched_at": settings.scale if settings.curve else None,
+        "curve": settings.curve or None,
     }
     job.stage(
         "qgpo",

@@ -75,6 +75,8 @@ def _open(settings: Settings) -> list[Job]:
             method="rtb",
             tuning_file=Path(__file__).with_name("rtb_iql.toml"),
         )
+        for stage in ("prior", "critic"):
+            job.take_over(stage)
         jobs.append(replace(job, dataset=jobs[0].dataset) if jobs else job)
     return jobs
 

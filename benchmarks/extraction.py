@@ -16,10 +16,10 @@ from typing import Any
 import tyro
 
 from rtb_rl.errors import InputError
-from rtb_rl.rl import draws_of, load_dataset, load_policy, measure_extraction
-from rtb_rl.rl.jobs.saved import load_run_critic
+from rtb_rl.rl import draws_of, load_policy, measure_extraction
+from rtb_rl.rl.critics.identity import critic_fingerprint
+from rtb_rl.rl.jobs.saved import load_run_critic, load_run_dataset
 from rtb_rl.training import generator_for, write_comparison
-from rtb_rl.training.stage import fingerprint
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def rows_of(run: Path, settings: Settings) -> list[dict[str, Any]]:
     results = json.loads(_finished(run).read_text())
     config = json.loads((run / "config.json").read_text())
     critic = load_run_critic(run)
-    dataset = load_dataset(config["source"], env_id=config["env_id"])
+    dataset = load_run_dataset(config)
     generator = generator_for(settings.seed, "states")
     states = 4 if settings.fast else settings.states
     observations = dataset.sample(states, generator=generator).observations
@@ -65,7 +65,7 @@ def rows_of(run: Path, settings: Settings) -> list[dict[str, Any]]:
                 "run": run.name,
                 "dataset": config["dataset"],
                 "data_sha256": config["data_sha256"],
-                "critic": fingerprint(critic),
+                "critic": critic_fingerprint(critic, dataset),
                 "seed": config["seed"],
                 "method": method,
                 **kept,
@@ -86,7 +86,8 @@ def check_one_critic(runs: Sequence[Path]) -> None:
         _finished(run)
         config = json.loads((run / "config.json").read_text())
         data[config["data_sha256"]] = str(run)
-        critics[fingerprint(load_run_critic(run))] = str(run)
+        told = critic_fingerprint(load_run_critic(run), load_run_dataset(config))
+        critics[told] = str(run)
     for found, words in ((data, "data sets"), (critics, "critics")):
         if len(found) > 1:
             raise InputError(

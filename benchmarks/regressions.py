@@ -24,12 +24,11 @@ from rtb_rl.rl import (
     MeanActionPolicy,
     TransitionDataset,
     fit_gaussian_policy,
-    load_dataset,
 )
 from rtb_rl.rl.critics.critic import ValueCritic
 from rtb_rl.rl.data.dataset import data_facts
 from rtb_rl.rl.jobs.report import evaluate_methods
-from rtb_rl.rl.jobs.saved import load_posterior, load_prior, load_run_critic
+from rtb_rl.rl.jobs.saved import load_posterior, load_prior, load_run_critic, load_run_dataset
 from rtb_rl.rl.posteriors.prior_actions import draw_prior_actions
 from rtb_rl.training import Run, generator_for, write_comparison
 
@@ -89,8 +88,12 @@ def open_run(settings: Settings) -> Setting:
     gaussian = GaussianSettings(**config["settings"]["gaussian"])
     steps = gaussian.steps if settings.steps is None else settings.steps
     steps = 300 if settings.fast else steps
-    dataset = load_dataset(config["source"], env_id=config["env_id"])
-    given = settings.run, config, dataset, cast(ValueCritic, load_run_critic(settings.run))
+    given = (
+        settings.run,
+        config,
+        load_run_dataset(config),
+        cast(ValueCritic, load_run_critic(settings.run)),
+    )
     return Setting(*given, replace(gaussian, steps=steps))
 
 

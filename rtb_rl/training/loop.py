@@ -43,13 +43,15 @@ def train(
     checkpoint_every: int = 2000,
     agree: Callable[[int], int] = lambda step: step,
     observe: Callable[[int], None] | None = None,
+    after_step: Callable[[int], None] | None = None,
 ) -> float:
     """Call `update(step)` for steps 0..steps - 1 from the newest checkpoint on; the seconds it
     took.
 
     `parts` must hold all that changes: weights, averages, optimisers, memories and generators. Then
     a run that was killed ends like one that was not, to the last bit on a CPU. `observe` is called
-    with the number of steps done whenever metrics are logged; `agree` as in `Run.restore`. Raises
+    with the number of steps done whenever metrics are logged, `after_step` with it after each of
+    them, before a checkpoint is made; `agree` as in `Run.restore`. Raises
     NonFiniteError when a logged metric is NaN or infinite, before a checkpoint could hold what made
     it so.
     """
@@ -63,6 +65,8 @@ def train(
             except NonFiniteError as error:
                 raise _stopped(run, error) from None
             done = step + 1
+            if after_step is not None:
+                after_step(done)
             logs, saves = done % log_every == 0, done % checkpoint_every == 0
             if logs or saves or done == steps:
                 values = _finite(run, step, metrics)

@@ -5,13 +5,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
+from filelock import FileLock, Timeout
 
 from rtb_rl.errors import InputError
 from rtb_rl.rl import load_dataset
-from rtb_rl.rl.jobs.shared_stages import SharedStages
+from rtb_rl.rl.jobs import shared_stages
+from rtb_rl.rl.jobs.shared_stages import SharedStages, copy_stage
 
 ROWS = 20
 FACTS = {"seed": 0, "steps": 3}
@@ -116,3 +119,38 @@ def test_a_directory_that_can_t_be_written_is_named(data, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="can't write shared stages in .*file.*another --stages"):
         SharedStages(tmp_path / "file", data).stage(tmp_path / "prior", FACTS, fit)
+
+
+def test_one_file_read_for_two_environments_has_two_stages(data, tmp_path):
+    other = replace(data, env_id="Hopper-v5"), replace(data, action_low=data.action_low * 2)
+    for number, given in enumerate((data, *other)):
+        own = tmp_path / f"{number}" / "prior"
+        own.parent.mkdir()
+        SharedStages(tmp_path / "stages", given).stage(own, FACTS, fit)
+    assert len(list((tmp_path / "stages").rglob("begun"))) == 3
+
+
+def test_a_stage_is_copied_under_the_lock_and_without_files_half_written(data, tmp_path):
+    """Who opens the shared stage meanwhile writes its config.json anew."""
+    held = []
+
+    def copy(stage, own):
+        (path,) = stage.parent.glob("*.lock")
+        with pytest.raises(Timeout):
+            FileLock(path).acquire(timeout=0)
+        (stage / ".config.json.1.partial").write_text("")
+        held.append(copy_stage(stage, own))
+
+    (tmp_path / "a").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_stages, "copy_stage", copy)
+        SharedStages(tmp_path / "stages", data).stage(tmp_path / "a" / "prior", FACTS, fit)
+    assert held and not list((tmp_path / "a" / "prior").glob(".*"))
+
+
+def test_what_fails_in_the_fit_is_told_as_it_is(data, tmp_path):
+    def broken(directory):
+        raise FileNotFoundError("my_reward_model.pt")
+
+    with pytest.raises(FileNotFoundError, match="my_reward_model"):
+        SharedStages(tmp_path / "stages", data).stage(tmp_path / "prior", FACTS, broken)

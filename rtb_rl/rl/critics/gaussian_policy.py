@@ -86,6 +86,11 @@ class MeanActionPolicy:
     def __init__(self, policy: GaussianPolicy) -> None:
         self.policy = policy
 
+    @property
+    def device(self) -> torch.device:
+        """Where it acts."""
+        return self.policy.action_low.device
+
     def act(self, observations: Tensor, *, generator: torch.Generator) -> Tensor:
         """The mean action per row, in environment units; nothing is drawn from `generator`."""
         return self.policy.mean_action(observations)

@@ -10,6 +10,7 @@ from rtb_rl.rl.critics.gaussian_policy import (
     GaussianPolicy,
     MeanActionPolicy,
 )
+from rtb_rl.rl.critics.identity import critic_fingerprint
 from rtb_rl.rl.critics.iql import IQL
 from rtb_rl.rl.data.dataset import TransitionDataset, data_facts
 from rtb_rl.rl.episodes.curve import Watch, unwatched
@@ -22,7 +23,7 @@ from rtb_rl.rl.episodes.scores import (
 from rtb_rl.training.loop import train
 from rtb_rl.training.run import Run
 from rtb_rl.training.seeding import GeneratorState, generator_for
-from rtb_rl.training.stage import complete, device_for_training, fingerprint
+from rtb_rl.training.stage import complete, device_for_training
 
 
 @dataclass(frozen=True)
@@ -148,9 +149,10 @@ def fit_gaussian_policy(
     Raises InputError for a critic without `v`.
     """
     settings = settings or GaussianSettings()
-    config = {**data_facts(dataset), "gaussian": asdict(settings), "critic": fingerprint(critic)}
-    run = Run(directory, {**config, "seed": seed})
     device = device_for_training()
+    told = critic_fingerprint(critic, dataset, device=device)
+    config = {**data_facts(dataset), "gaussian": asdict(settings), "critic": told, "seed": seed}
+    run = Run(directory, config)
     policy = GaussianPolicy(
         dataset.observation_size,
         action_low=dataset.action_low,
@@ -175,7 +177,7 @@ def fit_gaussian_policy(
             {"trainer": trainer, "generator": GeneratorState(generator)},
             steps=settings.steps,
             description="gaussian",
-            observe=lambda done: watch(done, settings.steps, acting),
+            after_step=lambda done: watch(done, settings.steps, acting),
         )
         return {"seconds": seconds}
 

@@ -13,7 +13,8 @@ from rtb_rl.training.checkpoint import replace_file
 EPISODES = 5
 
 Watch = Callable[[int, int, Policy], None]
-"""Called with the steps done, the steps in all, and the policy that would be kept now."""
+"""Called after every step with the steps done, the steps in all, and the policy that would be kept
+now."""
 
 
 def unwatched(done: int, steps: int, policy: Policy) -> None:
@@ -48,10 +49,15 @@ class Curve:
         return max(self.points, key=lambda point: np.mean(point["returns"]), default=None)
 
     def __call__(self, done: int, steps: int, policy: Policy) -> None:
-        points = self.points
         due = done * self.wanted // steps
-        if not self.wanted or any(point["step"] >= done for point in points) or due <= len(points):
+        if due == (done - 1) * self.wanted // steps:
             return
-        records = evaluate(policy, self.env_id, episodes=self.episodes, seed=self.seed)
+        points = self.points
+        if any(point["step"] >= done for point in points):
+            return
+        device = getattr(policy, "device", "cpu")
+        records = evaluate(
+            policy, self.env_id, episodes=self.episodes, seed=self.seed, device=device
+        )
         points.append({"step": done, "steps": steps, "returns": records.returns})
         replace_file(self.path, json.dumps(points, indent=2).encode())

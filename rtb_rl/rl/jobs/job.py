@@ -1,5 +1,6 @@
 """What every offline-RL program begins and ends with: data, run, stages; table, figure, results."""
 
+import copy
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -8,25 +9,34 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
+from torch import nn
 
 from rtb_rl.nn.correction import ScaledCorrection
 from rtb_rl.rl.critics.critic import Critic, load_critic
 from rtb_rl.rl.critics.gaussian_policy import GaussianPolicy
+from rtb_rl.rl.critics.identity import critic_fingerprint
 from rtb_rl.rl.critics.training import fit_critic, fit_gaussian_policy, scaled_for_critic
 from rtb_rl.rl.data.dataset import TransitionDataset, data_facts
 from rtb_rl.rl.data.summary import summarise
 from rtb_rl.rl.episodes.curve import Curve
 from rtb_rl.rl.jobs.budget import Budget
-from rtb_rl.rl.jobs.report import StatePanel, draw_figure, evaluate_methods, print_table
+from rtb_rl.rl.jobs.report import (
+    StatePanel,
+    draw_figure,
+    evaluate_methods,
+    print_diagnostics,
+    print_end,
+    print_table,
+    stage_results,
+)
 from rtb_rl.rl.jobs.saved import load_policy
 from rtb_rl.rl.jobs.settings import JobSettings, Tilt
-from rtb_rl.rl.jobs.shared_stages import SharedStages
+from rtb_rl.rl.jobs.shared_stages import SharedStages, complete_stages, copy_stage
 from rtb_rl.rl.posteriors.acting_strength import fit_acting_strength
 from rtb_rl.rl.posteriors.amortised import AmortisedSettings, fit_amortised
 from rtb_rl.rl.posteriors.posterior import PosteriorSettings, fit_posterior
 from rtb_rl.rl.posteriors.prior import ActionDiffusion, fit_prior
-from rtb_rl.rl.posteriors.strength import beta_for_ess, warning_of
-from rtb_rl.training.diagnostics import trust
+from rtb_rl.rl.posteriors.strength import beta_for_ess
 from rtb_rl.training.memory import peak_of_this_process
 from rtb_rl.training.run import Run
 from rtb_rl.training.seeding import generator_for
@@ -65,8 +75,17 @@ class Job:
 
         `facts`: all that makes it another stage, beside the data and the seed.
         """
+        self.take_over(name)
         shared = SharedStages(self.settings.stages, self.dataset)
         return shared.stage(self.out / name, {**facts, "seed": self.settings.seed}, fit)
+
+    def take_over(self, name: str) -> None:
+        """Copy the complete stage of the run to share, where there is one and none is here yet; its
+        configuration is checked when it is used.
+        """
+        share = self.settings.share
+        if share is not None and name in complete_stages(share) and not (self.out / name).exists():
+            copy_stage(share / name, self.out / name)
 
     def prior(self) -> ActionDiffusion:
         """The behaviour prior, fitted."""
@@ -89,12 +108,22 @@ class Job:
             lambda directory: fit_critic(directory, self.dataset, budget, seed=seed),
         )
 
+    def made_of(self, prior: ActionDiffusion, critic: Critic) -> dict[str, Any]:
+        """What makes a stage of this prior and critic another one than that of others."""
+        made_of = fingerprint(prior), critic_fingerprint(critic, self.dataset)
+        return {"made_of": made_of, "critic_spec": self.tilt.critic}
+
     def gaussian_policy(self, critic: Critic) -> GaussianPolicy:
         """IQL's own policy from this critic, fitted."""
         budget, seed = self.budget.gaussian, self.settings.seed
         return self.stage(
             "iql",
-            {"gaussian": asdict(budget), "critic": fingerprint(critic)},
+            {
+                "gaussian": asdict(budget),
+                "critic": critic_fingerprint(critic, self.dataset),
+                "critic_spec": self.tilt.critic,
+                "curve": self.settings.curve or None,
+            },
             lambda directory: fit_gaussian_policy(
                 directory, self.dataset, critic, budget, seed=seed, watch=self.curve(directory)
             ),
@@ -129,10 +158,11 @@ class Job:
         acting_beta: float | None = None,
     ) -> ScaledCorrection:
         """The posterior of all strengths, fitted; its curve is that of the acting beta."""
-        made_of = fingerprint(prior), fingerprint(critic)
+        curve = self.settings.curve or None if acting_beta is not None else None
+        facts = {"amortised": asdict(settings), "acting_beta": acting_beta, "curve": curve}
         return self.stage(
             "amortised",
-            {"amortised": asdict(settings), "made_of": made_of, "acting_beta": acting_beta},
+            {**facts, **self.made_of(prior, critic)},
             lambda directory: fit_amortised(
                 directory,
                 self.dataset,
@@ -167,10 +197,13 @@ class Job:
         self, prior: ActionDiffusion, critic: Critic, settings: PosteriorSettings
     ) -> ActionDiffusion:
         """The posterior of this prior and critic, fitted."""
-        made_of = fingerprint(prior), fingerprint(critic)
         return self.stage(
             "posterior",
-            {"posterior": asdict(settings), "made_of": made_of},
+            {
+                "posterior": asdict(settings),
+                "curve": self.settings.curve or None,
+                **self.made_of(prior, critic),
+            },
             lambda directory: fit_posterior(
                 directory,
                 self.dataset,
@@ -196,21 +229,14 @@ class Job:
         """
         dataset, curve = self.dataset, self.curve(self.out / (trained or ""))
         stage = self.run.stage("evaluation", {**self.run.config, "methods": list(methods)})
-        policies = {name: load_policy(self.out, name, critic=critic) for name in methods}
-        rows = evaluate_methods(
-            stage,
-            policies,
-            self.env_id,
-            dataset.reference_returns,
-            episodes=self.budget.episodes,
-            seed=self.settings.seed,
-        )
-        timings, diagnostics = self._stage_results()
+        chosen_by = copy.deepcopy(critic).to("cpu") if isinstance(critic, nn.Module) else critic
+        policies = {name: load_policy(self.out, name, critic=chosen_by) for name in methods}
+        given = stage, policies, self.env_id, dataset.reference_returns
+        rows = evaluate_methods(*given, episodes=self.budget.episodes, seed=self.settings.seed)
+        timings, diagnostics = stage_results(self.out)
         print_table(dataset, rows)
-        if diagnostics:
-            Console(width=100).print(f"posterior: {trust(diagnostics)}", highlight=False)
-            if warning := warning_of(diagnostics.get("kl", 0.0)):
-                Console(width=100, stderr=True).print(f"warning: {warning}", highlight=False)
+        print_diagnostics(diagnostics)
+        manifest = json.loads((self.out / "manifest.json").read_text())
         figure = draw_figure(self.out / "figure.png", dataset, rows, panels)
         self.run.log_figure(0, "evaluation", figure)
         self.run.finish(
@@ -219,37 +245,12 @@ class Job:
                 "diagnostics": diagnostics,
                 "timings": timings,
                 "dataset": {**data_facts(dataset), "summary": asdict(summarise(dataset))},
-                "versions": self._manifest()["versions"],
-                "manifest": self._manifest(),
+                "versions": manifest["versions"],
+                "manifest": manifest,
                 "curve": curve.points,
                 "best": curve.best,
                 "wall_seconds": time.monotonic() - self.begun,
                 "peak_memory_bytes": peak_of_this_process(),
             }
         )
-        taken = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in timings.items())
-        Console().print(
-            f"training time: {taken}\nresults: {self.out / 'results.json'}, figure:"
-            f" {self.out / 'figure.png'}\ncurves: tensorboard --logdir {self.out}",
-            highlight=False,
-            soft_wrap=True,
-        )
-
-    def _stage_results(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Seconds of every stage, and the diagnostics of what acts: a posterior of its own where
-        there is one, else that of all strengths.
-        """
-        found = {path.parent.name: _read_json(path) for path in self.out.glob("*/results.json")}
-        timings = {
-            name: found[name]["seconds"] for name in sorted(found) if "seconds" in found[name]
-        }
-        told = [found[name] for name in ("posterior", "acting", "amortised") if name in found]
-        diagnostics = [results["diagnostics"] for results in told if "diagnostics" in results]
-        return timings, diagnostics[0] if diagnostics else {}
-
-    def _manifest(self) -> dict[str, Any]:
-        return _read_json(self.out / "manifest.json")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
+        print_end(self.out, timings, curve, trained)

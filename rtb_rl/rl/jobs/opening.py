@@ -1,6 +1,5 @@
 """Opening a job: all that a program will use is loaded and checked before anything is trained."""
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,13 +20,13 @@ from rtb_rl.rl.fitted import fitted_config
 from rtb_rl.rl.jobs.budget import Budget, Tuning, budget_for, find_tuning
 from rtb_rl.rl.jobs.job import Job
 from rtb_rl.rl.jobs.settings import JobSettings, tilt_of
+from rtb_rl.rl.jobs.shared_stages import complete_stages
 from rtb_rl.rl.posteriors.strength import check_rule
 from rtb_rl.training.run import Run
 from rtb_rl.training.settings import check_beta
 
 EMBEDDED = "hopper-medium-replay"
 COLLECTED = "local/hopper/medium-replay-"
-SHARED = ("prior", "critic", "iql")
 
 
 def open_job(
@@ -76,8 +75,6 @@ def open_job(
     }
     run = Run(settings.out, config)
     Console().print(str(summarise(dataset)), highlight=False, soft_wrap=True)
-    if settings.share is not None:
-        _take_over(settings.share, run.directory)
     return Job(settings, tilt, dataset, budget, run)
 
 
@@ -145,7 +142,7 @@ def check_shared(settings: JobSettings, dataset: TransitionDataset, source: str)
     """
     share = settings.share
     assert share is not None
-    found = _complete(share)
+    found = complete_stages(share)
     if not found:
         raise InputError(f"{share} holds no complete prior, critic or iql; give another --share")
     here = "--dataset is" if settings.dataset else "the data without --dataset is"
@@ -175,14 +172,3 @@ def _cure(settings: JobSettings, source: str) -> str:
     wanted = ["leave --dataset out"] * (settings.dataset is not None)
     wanted += [f"{'with' if wanted else 'give'} --budget {told['budget']}"] * other
     return f"{' '.join(wanted)} or " if wanted else ""
-
-
-def _complete(source: Path) -> list[str]:
-    return [name for name in SHARED if (source / name / "results.json").exists()]
-
-
-def _take_over(source: Path, out: Path) -> None:
-    """Copy the complete stages of another run; their configuration is checked on use."""
-    for name in _complete(source):
-        if not (out / name).exists():
-            shutil.copytree(source / name, out / name)

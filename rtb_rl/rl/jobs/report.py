@@ -12,10 +12,13 @@ from rich.table import Table
 
 from rtb_rl.rl.critics.critic import Critic
 from rtb_rl.rl.data.dataset import TransitionDataset
+from rtb_rl.rl.episodes.curve import Curve
 from rtb_rl.rl.episodes.evaluation import Policy, evaluate
 from rtb_rl.rl.episodes.scores import normalised_score
 from rtb_rl.rl.posteriors.prior import ActionDiffusion
+from rtb_rl.rl.posteriors.strength import warning_of
 from rtb_rl.training.checkpoint import replace_file
+from rtb_rl.training.diagnostics import trust
 from rtb_rl.training.progress import progress
 from rtb_rl.training.run import Run
 from rtb_rl.training.seeding import generator_for
@@ -51,6 +54,18 @@ def evaluate_methods(
     return results
 
 
+def stage_results(directory: Path) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds of every stage of a run, and the diagnostics of what acts: a posterior of its own
+    where there is one, else that of all strengths.
+    """
+    paths = sorted(directory.glob("*/results.json"))
+    found = {path.parent.name: json.loads(path.read_text()) for path in paths}
+    timings = {name: told["seconds"] for name, told in found.items() if "seconds" in told}
+    told = [found[name] for name in ("posterior", "acting", "amortised") if name in found]
+    diagnostics = [results["diagnostics"] for results in told if "diagnostics" in results]
+    return timings, diagnostics[0] if diagnostics else {}
+
+
 def print_table(dataset: TransitionDataset, methods: Mapping[str, dict[str, Any]]) -> None:
     """One row a method: mean return and normalised score with their 95 % intervals."""
     table = Table(title=f"{dataset.name}, evaluated in {dataset.env_id}", title_justify="left")
@@ -76,6 +91,34 @@ def print_table(dataset: TransitionDataset, methods: Mapping[str, dict[str, Any]
             _interval(row["normalised_score_interval"], 1),
         )
     Console(width=100).print(table)
+
+
+def print_diagnostics(diagnostics: Mapping[str, float]) -> None:
+    """How far to trust a posterior; nothing where there is none."""
+    if not diagnostics:
+        return
+    Console(width=100).print(f"posterior: {trust(diagnostics)}", highlight=False)
+    if warning := warning_of(diagnostics.get("kl", 0.0)):
+        Console(width=100, stderr=True).print(f"warning: {warning}", highlight=False)
+
+
+def print_end(
+    directory: Path, timings: Mapping[str, float], curve: Curve, trained: str | None
+) -> None:
+    """Where the results are, how long they took, and whether the curve is the one asked for."""
+    lines = []
+    if trained and len(curve.points) < curve.wanted:
+        lines.append(
+            f"learning curve: {len(curve.points)} of {curve.wanted} points: stage {trained} was"
+            " fitted before, without it, or has fewer steps"
+        )
+    taken = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in timings.items())
+    lines += [
+        f"training time: {taken}",
+        f"results: {directory / 'results.json'}, figure: {directory / 'figure.png'}",
+        f"curves: tensorboard --logdir {directory}",
+    ]
+    Console().print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
 def _interval(bounds: Sequence[float] | None, digits: int) -> str:

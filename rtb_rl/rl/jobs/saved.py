@@ -14,6 +14,7 @@ from rtb_rl.errors import InputError
 from rtb_rl.rl.critics.critic import Critic, IQLCritic, load_critic
 from rtb_rl.rl.critics.gaussian_policy import GaussianPolicy, MeanActionPolicy
 from rtb_rl.rl.critics.training import CriticSettings, new_critic
+from rtb_rl.rl.data.dataset import TransitionDataset
 from rtb_rl.rl.data.readers import load_dataset
 from rtb_rl.rl.episodes.evaluation import Policy
 from rtb_rl.rl.fitted import fitted_config
@@ -173,10 +174,18 @@ def load_run_critic(root: Path) -> Critic:
     """The critic of a run: the user's, by its name, or the one that the run fitted."""
     config = fitted_config(root)
     if config.get("critic"):
-        return load_critic(config["critic"], load_dataset(config["source"]))
+        return load_critic(config["critic"], load_run_dataset(config))
     if (root / "soft_critic").exists():
         return load_soft_critic(root / "soft_critic")
     return load_iql_critic(root / "critic")
+
+
+def load_run_dataset(config: dict[str, Any]) -> TransitionDataset:
+    """The data set that a run of this configuration had.
+
+    It could be opened, so actions outside the box, if there are any, were asked to be clipped.
+    """
+    return load_dataset(config["source"], env_id=config["env_id"], clip_actions=True)
 
 
 def load_iql_critic(directory: Path) -> IQLCritic:

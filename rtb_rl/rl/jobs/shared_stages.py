@@ -15,6 +15,7 @@ from rtb_rl.errors import InputError
 from rtb_rl.rl.data.dataset import TransitionDataset
 
 T = TypeVar("T")
+SHARED = ("prior", "critic", "iql")
 
 
 @dataclass(frozen=True)
@@ -36,24 +37,48 @@ class SharedStages:
         """
         if self.root is None or own.exists():
             return fit(own)
-        text = json.dumps(_given(facts), sort_keys=True, default=str)
+        text = json.dumps(_given({**facts, **self._read_as}), sort_keys=True, default=str)
         digest = hashlib.sha256(text.encode()).hexdigest()[:8]
         group = self.root / f"{self.dataset.name}-{self.dataset.sha256[:8]}"
         shared = group / f"{own.name}-seed{facts['seed']}-{digest}"
         try:
             group.mkdir(parents=True, exist_ok=True)
-            with _lock(group / f"{shared.name}.lock"):
-                fit(shared)
+            lock = _lock(group / f"{shared.name}.lock")
         except OSError as error:
             raise InputError(
                 f"can't write shared stages in {self.root}: {error.strerror or error}; give another"
                 " --stages or make room there"
             ) from error
-        part = own.with_name(f"{own.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.copytree(shared, part, ignore=shutil.ignore_patterns("checkpoints", "events.*"))
-        part.rename(own)
+        with lock:  # the copy as well: who opens a stage writes its config.json anew
+            fit(shared)
+            copy_stage(shared, own)
         return fit(own)
+
+    @property
+    def _read_as(self) -> dict[str, Any]:
+        """What one file may be read as: the stages of two environments are two."""
+        low, high = self.dataset.action_low.tolist(), self.dataset.action_high.tolist()
+        return {"env_id": self.dataset.env_id, "action_box": [low, high]}
+
+
+def complete_stages(run: Path) -> list[str]:
+    """The stages of a run that another may take over."""
+    return [name for name in SHARED if (run / name / "results.json").exists()]
+
+
+def copy_stage(stage: Path, own: Path) -> None:
+    """Copy a complete stage to where there is none: whole, or, at a kill, under another name."""
+    part = own.with_name(f"{own.name}.part")
+    left = shutil.ignore_patterns("checkpoints", "events.*", ".*.partial")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(stage, part, ignore=left)
+        part.rename(own)
+    except OSError as error:
+        raise InputError(
+            f"can't copy the stage {stage} to {own}: {error.strerror or error}; give another --out"
+            " or make room there"
+        ) from error
 
 
 def _given(facts: Mapping[str, Any]) -> dict[str, Any]:

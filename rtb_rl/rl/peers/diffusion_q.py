@@ -201,7 +201,7 @@ def fit_diffusion_q(
             trainer.parts,
             steps=settings.steps,
             description="dql",
-            observe=lambda done: watch(done, settings.steps, acting),
+            after_step=lambda done: watch(done, settings.steps, acting),
         )
         model.actor.denoiser.load_state_dict(trainer.average.module.state_dict())
         return {"seconds": seconds, "rewards": words}

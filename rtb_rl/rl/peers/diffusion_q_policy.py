@@ -51,6 +51,11 @@ class DiffusionQPolicy:
         self.candidates, self.beta = candidates, beta
         self.low, self.half_width = action_low, (action_high - action_low) / 2
 
+    @property
+    def device(self) -> torch.device:
+        """Where it acts."""
+        return self.low.device
+
     @torch.no_grad()
     def act(self, observations: Tensor, *, generator: Generator) -> Tensor:
         """One action a row, in the environment's units: [batch, action size]."""

@@ -22,6 +22,7 @@ from rtb_rl.core.protocols import Condition
 from rtb_rl.errors import InputError
 from rtb_rl.nn import ResidualMLP
 from rtb_rl.rl.critics.critic import Critic, check_critic
+from rtb_rl.rl.critics.identity import critic_fingerprint
 from rtb_rl.rl.data.dataset import TransitionDataset, data_facts
 from rtb_rl.rl.episodes.curve import Watch, unwatched
 from rtb_rl.rl.fitted import fitted_config
@@ -122,7 +123,8 @@ def fit_energy_guidance(
     """
     settings, directory = settings or EnergyGuidanceSettings(), Path(directory)
     check_critic(critic, dataset.observation_size, dataset.action_size, device=prior.device)
-    made_of = {"prior": fingerprint(prior), "critic": fingerprint(critic), "seed": seed}
+    told = critic_fingerprint(critic, dataset, device=prior.device)
+    made_of = {"prior": fingerprint(prior), "critic": told, "seed": seed}
     config = {**data_facts(dataset), "energy_guidance": asdict(settings), **made_of}
     run, energy = Run(directory, config), _new_energy(prior, dataset.observation_size, seed=seed)
     policy = _policy(prior, energy, scale, config)
@@ -166,7 +168,7 @@ def _train(
         trainer.parts,
         steps=steps,
         description="energy",
-        observe=lambda done: watch(done, steps, policy),
+        after_step=lambda done: watch(done, steps, policy),
     )
 
 

@@ -80,6 +80,11 @@ class DeterministicPolicy(nn.Module):
         """[batch, observation size] -> [batch, action size] in [-1, 1]."""
         return torch.tanh(self.network(self.scaler(observation))[0])
 
+    @property
+    def device(self) -> torch.device:
+        """Where it acts."""
+        return self.action_low.device
+
     @torch.no_grad()
     def act(self, observations: Tensor, *, generator: Generator) -> Tensor:
         """One action a row, in the environment's units; nothing is drawn from `generator`."""
@@ -209,7 +214,7 @@ def fit_td3_bc(
             trainer.parts,
             steps=settings.steps,
             description="td3_bc",
-            observe=lambda done: watch(done, settings.steps, policy),
+            after_step=lambda done: watch(done, settings.steps, policy),
         )
         return {"seconds": seconds, "rewards": words}
 

@@ -20,6 +20,7 @@ from rtb_rl.errors import InputError
 from rtb_rl.nn import ResidualMLP
 from rtb_rl.nn.correction import ScaledCorrection
 from rtb_rl.rl.critics.critic import Critic, check_critic
+from rtb_rl.rl.critics.identity import critic_fingerprint
 from rtb_rl.rl.data.dataset import TransitionDataset, data_facts
 from rtb_rl.rl.episodes.curve import Watch, unwatched
 from rtb_rl.rl.posteriors.policy import DiffusionPolicy
@@ -89,6 +90,11 @@ class AmortisedPolicy:
     def __init__(self, policy: DiffusionPolicy, beta: float):
         self.policy, self.beta = policy, beta
 
+    @property
+    def device(self) -> torch.device:
+        """Where it acts."""
+        return self.policy.device
+
     def act(self, observations: Tensor, *, generator: Generator) -> Tensor:
         """Actions [batch, d_a] in the environment's units for observations [batch, d_o]."""
         return self.policy.act(with_strength(observations, self.beta), generator=generator)
@@ -132,7 +138,8 @@ def fit_amortised(
     if acting_beta is not None:
         check_acting(acting_beta, settings)
     check_critic(critic, dataset.observation_size, dataset.action_size, device=prior.device)
-    made_of = {"prior": fingerprint(prior), "critic": fingerprint(critic)}
+    told = critic_fingerprint(critic, dataset, device=prior.device)
+    made_of = {"prior": fingerprint(prior), "critic": told}
     config = {**data_facts(dataset), "amortised": asdict(settings), **made_of, "seed": seed}
     run = Run(directory, {**config, "acting_beta": acting_beta})
     data = dataset.to(prior.device)

@@ -33,6 +33,11 @@ class DiffusionPolicy:
         self.candidates, self.critic = candidates, critic
         self.low, self.half_width = action_low, (action_high - action_low) / 2
 
+    @property
+    def device(self) -> torch.device:
+        """Where it acts."""
+        return self.low.device
+
     @torch.no_grad()
     def act(self, observations: Tensor, *, generator: Generator) -> Tensor:
         """One action a row: observations [batch, observation size] -> [batch, action size]."""

@@ -12,6 +12,7 @@ from rtb_rl.core.protocols import Objective
 from rtb_rl.errors import InputError
 from rtb_rl.nn import MLP, LangevinDenoiser, LearnedSpread
 from rtb_rl.rl.critics.critic import Critic, check_critic
+from rtb_rl.rl.critics.identity import critic_fingerprint
 from rtb_rl.rl.data.dataset import TransitionDataset, data_facts
 from rtb_rl.rl.episodes.curve import Watch, unwatched
 from rtb_rl.rl.episodes.evaluation import Policy
@@ -127,7 +128,7 @@ def open_posterior(
         **data_facts(dataset),
         "posterior": asdict(settings),
         "prior": fingerprint(prior),
-        "critic": fingerprint(critic),
+        "critic": critic_fingerprint(critic, dataset, device=prior.device),
         "seed": seed,
     }
     run = Run(directory, config)
@@ -165,7 +166,7 @@ def train_posterior(
         description=description,
         log_every=LOG_EVERY,
         checkpoint_every=CHECKPOINT_EVERY,
-        observe=lambda done: watch(done, updates, policy),
+        after_step=lambda done: watch(done, updates, policy),
     )
 
 
