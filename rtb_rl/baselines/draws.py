@@ -1,6 +1,6 @@
 """What every training-free method returns, and the counting of what it cost."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +20,16 @@ class Draws:
     `x0`: [rows, n, *event], without condition [n, *event]. `calls`: network forward passes spent
     for each delivered draw; a backward pass counts as two more. Where the method has them: `log_z`
     [rows], an estimate of log Z in nats, and `ess` [rows], the effective share of the weighted
-    points that the draws were taken from, between 0 and 1; one row without condition.
+    points that the draws were taken from, between 0 and 1; one row without condition. `source`,
+    int64 [rows, n] or [n]: draws of one number hang together, being the same candidate again, or of
+    one population; None: every draw is independent of the others.
     """
 
     x0: Tensor
     calls: float
     log_z: Tensor | None = None
     ess: Tensor | None = None
+    source: Tensor | None = None
 
     def evidence(self) -> dict[str, float | None]:
         """Columns of a table, means over rows, where the draws have weights; else none of them."""
@@ -34,6 +37,12 @@ class Draws:
             return {}
         mean = {"log_z": float(self.log_z.mean()), "ess": float(self.ess.mean())}
         return {**mean, "log_z_error": None}
+
+    def sources(self, rows: int) -> Sequence[Tensor | None]:
+        """`source` of each row."""
+        if self.source is None:
+            return [None] * rows
+        return list(self.source.reshape(rows, -1))
 
 
 class CountedDenoiser:

@@ -67,9 +67,13 @@ class ImportanceReference:
 
         Systematic resampling, in random order.
         """
+        return self.resample_with_source(n, generator=generator)[0]
+
+    def resample_with_source(self, n: int, *, generator: Generator) -> tuple[Tensor, Tensor]:
+        """The same, and which of the draws each is: int64 [rows, n]."""
         index = systematic_resampling(self.log_weight.softmax(1), n, generator=generator)
         rows = torch.arange(len(index), device=index.device)[:, None]
-        return self.x0[rows, index]
+        return self.x0[rows, index], index
 
     def split(self) -> tuple["ImportanceReference", "ImportanceReference"]:
         """The first half of the draws and the second, independent of each other: how far apart
@@ -134,10 +138,10 @@ def importance_resampling(
         batch=batch,
         generator=generator,
     )
-    x0 = reference.resample(n, generator=generator)
+    x0, source = reference.resample_with_source(n, generator=generator)
     calls = counted.calls / (n * len(x0))
-    kept = x0[0] if condition is None else x0
-    return Draws(kept, calls, reference.log_z, reference.ess)
+    kept, source = (x0[0], source[0]) if condition is None else (x0, source)
+    return Draws(kept, calls, reference.log_z, reference.ess, source)
 
 
 def best_of_n(

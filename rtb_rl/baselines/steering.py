@@ -200,7 +200,9 @@ class _Swarm:
         ess = effective_sample_size(by_population).reshape(rows, -1).mean(1)
         log_z = log_weight.reshape(rows, n).logsumexp(1) - math.log(n)
         x0 = as_rows(x[_flat(index)], condition, n)
-        return Draws(x0, self.denoiser.calls / len(x), log_z, ess)
+        population = torch.arange(n, device=x.device) // self.particles
+        source = population if condition is None else population.expand(rows, n)
+        return Draws(x0, self.denoiser.calls / len(x), log_z, ess, source)
 
     def _run(
         self, reward: LogReward, each: Condition, batch: int, generator: Generator

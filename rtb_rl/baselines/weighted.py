@@ -56,7 +56,7 @@ def posterior_by_weight(
     paths = PATHS_PER_DRAW * n if paths is None else paths
     given = {"beta": beta, "batch": batch, "generator": generator}
     weighted = weighted_paths(task, condition, paths, **given)
-    kept = weighted.resample(n, generator=generator)
-    x0 = kept[0] if condition is None else kept
+    x0, source = weighted.resample_with_source(n, generator=generator)
+    x0, source = (x0[0], source[0]) if condition is None else (x0, source)
     calls = 2 * task.diffusion.levels * paths / n
-    return Draws(x0, calls, weighted.log_z, weighted.ess)
+    return Draws(x0, calls, weighted.log_z, weighted.ess, source)

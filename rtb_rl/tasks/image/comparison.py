@@ -59,9 +59,10 @@ class ImageJob:
         """
         x0 = draws.x0 if self.condition is not None else draws.x0.unsqueeze(0)
         generator = generator_for(self.settings.seed, "compare", device=x0.device)
+        source = draws.sources(len(x0))
         rows = [
-            compare(points, reference, self.judge, generator=generator)
-            for points, reference in zip(x0, self.references, strict=True)
+            compare(points, reference, self.judge, source=one, generator=generator)
+            for points, reference, one in zip(x0, self.references, source, strict=True)
         ]
         return {
             **average_rows(rows),

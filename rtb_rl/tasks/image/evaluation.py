@@ -17,7 +17,13 @@ from rtb_rl.core import LogReward, conditions
 from rtb_rl.core.protocols import Condition
 from rtb_rl.nn.convolution import ConvClassifier
 from rtb_rl.tasks.image.images import to_images
-from rtb_rl.tasks.image.metrics import diversity, frechet_distance, total_variation
+from rtb_rl.tasks.image.metrics import (
+    clustered_error,
+    diversity,
+    frechet_distance,
+    total_variation,
+    weighted_diversity,
+)
 
 BATCH = 2000
 FRECHET_DRAWS = 500
@@ -25,6 +31,8 @@ FRECHET_DRAWS = 500
 ROUNDING = 1e-6  # nats: what a constant reward may differ by from itself
 COLLAPSED = 3.0
 """Standard errors of E[log r] above the reference from which a method counts as collapsed."""
+
+Row = dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -99,8 +107,13 @@ class Reference:
 
 
 def compare(
-    x0: Tensor, reference: Reference, judge: Judge, *, generator: Generator
-) -> dict[str, float]:
+    x0: Tensor,
+    reference: Reference,
+    judge: Judge,
+    *,
+    source: Tensor | None = None,
+    generator: Generator,
+) -> Row:
     """Samples [n, C, H, W] of one condition against the reference.
 
     `log_reward`, `judged` (E[log r] by the reward's classifier and by the judge's) with standard
@@ -108,14 +121,14 @@ def compare(
     class probabilities; `frechet` distance in the judge's features to as many resampled reference
     draws, and `frechet_halves`, the same between two halves of the reference; `diversity`, the mean
     pairwise cosine distance of those features; `collapsed`, 1 where the reward is above the
-    reference by more than its error explains.
+    reference by more than its error explains. `source` [n] as `Draws` has it: where draws hang
+    together errors say so, or are None.
     """
     found = judge(x0, conditions.repeat(reference.condition, len(x0)))
-    row: dict[str, float] = {}
+    row: Row = {}
     for name in ("log_reward", "judged"):
-        row |= excess(
-            name, getattr(found, name), *reference.mean(getattr(reference.judgement, name))
-        )
+        wanted = reference.mean(getattr(reference.judgement, name))
+        row |= excess(name, getattr(found, name), *wanted, source)
     classes, _ = reference.mean(reference.judgement.probabilities)
     count = min(len(x0), reference.draws.log_weight.shape[1] // 2, FRECHET_DRAWS)
     features = reference.resampled(reference.judgement.features, count, generator=generator)
@@ -126,36 +139,51 @@ def compare(
         "frechet": frechet_distance(found.features[:count], features),
         "frechet_halves": reference.half_distance(count, generator=generator),
         "diversity": spread.mean,
-        "diversity_error": spread.standard_error,
-        "reference_diversity": diversity(features).mean,
-        "collapsed": float(row["log_reward_excess"] > COLLAPSED),
+        "diversity_error": spread.standard_error if source is None else None,
+        "reference_diversity": weighted_diversity(
+            reference.judgement.features, reference.draws.log_weight[0]
+        ),
+        "collapsed": collapsed(row),
     }
 
 
-def average_rows(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means of the columns over conditions, with the errors of such means; `collapsed` is the share
-    of the conditions.
+def collapsed(row: Row) -> float:
+    """1 where the reward is above the reference by more than its error explains; 0 where it has no
+    error.
     """
-    found = {}
+    above = row["log_reward_excess"]
+    return float(above is not None and above > COLLAPSED)
+
+
+def average_rows(rows: Sequence[Row]) -> Row:
+    """Means of the columns over conditions, with the errors of such means; `collapsed` is the share
+    of the conditions. None where a condition has no such number.
+    """
+    found: Row = {}
     for name in rows[0]:
-        values = [row[name] for row in rows]
+        values = [value for row in rows if (value := row[name]) is not None]
         total = math.hypot(*values) if name.endswith("_error") else sum(values)
-        found[name] = total / len(rows)
+        found[name] = total / len(rows) if len(values) == len(rows) else None
     return found
 
 
-def excess(name: str, values: Tensor, wanted: Tensor, wanted_error: Tensor) -> dict[str, float]:
+def excess(
+    name: str,
+    values: Tensor,
+    wanted: Tensor,
+    wanted_error: Tensor,
+    source: Tensor | None = None,
+) -> Row:
     """The mean of values [n] with its standard error, beside the mean that is wanted, and how many
-    standard errors it is above that; keys begin with the name.
+    standard errors it is above that; keys begin with the name. None for what needs an error where
+    all values are of one `source`.
     """
-    values = values.double()
-    error = float(values.std()) / len(values) ** 0.5
-    mean = float(values.mean())
-    scale = max(math.hypot(error, float(wanted_error)), ROUNDING)
+    error, mean = clustered_error(values, source), float(values.double().mean())
+    scale = None if error is None else max(math.hypot(error, float(wanted_error)), ROUNDING)
     return {
         name: mean,
         f"{name}_error": error,
         f"reference_{name}": float(wanted),
         f"reference_{name}_error": float(wanted_error),
-        f"{name}_excess": (mean - float(wanted)) / scale,
+        f"{name}_excess": None if scale is None else (mean - float(wanted)) / scale,
     }

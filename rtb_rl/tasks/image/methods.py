@@ -72,10 +72,12 @@ def swarm(
         method(diffusion, *functions, part, particles, particles=particles, **given)
         for part, _ in conditions.split(condition, rows, together)
     ]
-    x0 = torch.cat([draws.x0 for draws in found])
-    x0 = x0[::each] if condition is None else x0[:, ::each]
-    log_z, ess = ([getattr(draws, name) for draws in found] for name in ("log_z", "ess"))
-    return Draws(x0, found[0].calls * each, torch.cat(log_z), torch.cat(ess))
+    x0, source, log_z, ess = (
+        torch.cat([getattr(draws, name) for draws in found])
+        for name in ("x0", "source", "log_z", "ess")
+    )
+    kept = slice(None, None, each) if condition is None else (slice(None), slice(None, None, each))
+    return Draws(x0[kept], found[0].calls * each, log_z, ess, source[kept])
 
 
 def weak(

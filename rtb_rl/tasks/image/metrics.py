@@ -98,6 +98,22 @@ def weighted_diversity(features: Tensor, log_weight: Tensor) -> float:
     return 1 - (float((weight @ unit).square().sum()) - squares) / (1 - squares)
 
 
+def clustered_error(values: Tensor, source: Tensor | None) -> float | None:
+    """The standard error of the mean of values [n], of which those of one `source` hang together.
+
+    By sums over sources: sqrt(G / (G - 1) sum_g (sum_g (v - mean))^2) / n for G of them; for
+    candidates that repeat by weight that of weighting and drawing. None where there is one source.
+    """
+    off = values.double() - values.double().mean()
+    if source is not None:
+        _, which = source.unique(return_inverse=True)
+        off = off.new_zeros(int(which.max()) + 1).index_add(0, which, off)
+    count = len(off)
+    if count < 2:
+        return None
+    return float((off.square().sum() * count / (count - 1)).sqrt()) / len(values)
+
+
 def class_histogram(logits: Tensor) -> Tensor:
     """The share of images whose most probable class is each: float64 [classes]."""
     count = torch.bincount(logits.argmax(-1), minlength=logits.shape[-1])

@@ -150,8 +150,8 @@ def pool_draws(
     ]
     shared = pool.expand(len(observations), *pool.shape)
     reference = ImportanceReference(shared, torch.stack(scores).double())
-    x0 = reference.resample(n, generator=generator)
-    return Draws(x0, len(pool) * levels / n, reference.log_z, reference.ess)
+    x0, source = reference.resample_with_source(n, generator=generator)
+    return Draws(x0, len(pool) * levels / n, reference.log_z, reference.ess, source)
 
 
 def markdown(rows: Mapping[str, Mapping[str, float]]) -> str:

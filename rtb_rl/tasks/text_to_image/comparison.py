@@ -81,8 +81,8 @@ class TextToImageJob:
     ) -> dict[str, Any]:
         """One row of the table: a method's latents [prompts, n, C, h, w]."""
         measured = [self.measure(x0, number) for number, x0 in enumerate(draws.x0)]
-        pairs = list(zip(measured, self.references, strict=True))
-        rows = [compare(one, reference) for one, reference in pairs]
+        parts = zip(measured, self.references, draws.sources(len(measured)), strict=True)
+        rows = [compare(*part) for part in parts]
         count = draws.x0.shape[0] * draws.x0.shape[1]
         return {
             **average_rows(rows),

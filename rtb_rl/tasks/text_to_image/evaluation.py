@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rtb_rl.baselines.selection import ImportanceReference
-from rtb_rl.tasks.image.evaluation import COLLAPSED, excess
+from rtb_rl.tasks.image.evaluation import Row, collapsed, excess
 from rtb_rl.tasks.image.metrics import diversity, total_variation, weighted_diversity
 from rtb_rl.tasks.text_to_image.target import LatentReward
 from rtb_rl.training.scoring import LOG_REWARD_FLOOR
@@ -80,16 +80,17 @@ class Reference:
         return mean[0], error[0]
 
 
-def compare(found: Measured, reference: Reference) -> dict[str, float]:
+def compare(found: Measured, reference: Reference, source: Tensor | None = None) -> Row:
     """Images of one prompt against the target.
 
     `log_reward` with its standard error and its excess over the reference in standard errors;
     `low`, `median`, `high`: its 5, 50 and 95 % quantiles; `diversity`, the mean pairwise cosine
     distance of the features, and that of the reference; `tv` between the mean class probabilities,
     where there are classes; `collapsed`, 1 where the reward is above the reference by more than its
-    error explains.
+    error explains. `source` [n] as `Draws` has it.
     """
-    row = excess("log_reward", found.log_reward, *reference.mean(reference.measured.log_reward))
+    wanted_reward = reference.mean(reference.measured.log_reward)
+    row = excess("log_reward", found.log_reward, *wanted_reward, source)
     marks = torch.tensor(QUANTILES, dtype=torch.float64, device=found.log_reward.device)
     quantiles = found.log_reward.double().quantile(marks).tolist()
     spread = diversity(found.features[:DIVERSITY_DRAWS])
@@ -97,9 +98,9 @@ def compare(found: Measured, reference: Reference) -> dict[str, float]:
     row |= dict(zip(("low", "median", "high"), quantiles, strict=True))
     row |= {
         "diversity": spread.mean,
-        "diversity_error": spread.standard_error,
+        "diversity_error": spread.standard_error if source is None else None,
         "reference_diversity": wanted,
-        "collapsed": float(row["log_reward_excess"] > COLLAPSED),
+        "collapsed": collapsed(row),
     }
     if found.probabilities is not None and reference.measured.probabilities is not None:
         shares, _ = reference.mean(reference.measured.probabilities)
