@@ -109,7 +109,7 @@ def inverse_rows(settings: Settings) -> list[Row]:
         raise InputError(f"no problem {', '.join(unknown)}; there are {', '.join(known)}")
     for name in settings.problems or known:
         measurement = known[name]
-        generator = generator_for(settings.seed, name)
+        generator = generator_for(settings.seed, name, device=truth.device)
         observed = observe(measurement, truth, generator=generator)
         directory = settings.out / name
         table = compare_methods(directory, prior, observed, pool, given, seed=settings.seed)

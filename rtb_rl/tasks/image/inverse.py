@@ -18,7 +18,8 @@ from rtb_rl.baselines.guidance import dps, lgd_mc
 from rtb_rl.baselines.steering import twisted_smc
 from rtb_rl.baselines.weighted import posterior_by_weight
 from rtb_rl.core.protocols import Condition
-from rtb_rl.tasks.image.measurements import measurement_reward
+from rtb_rl.errors import InputError
+from rtb_rl.tasks.image.measurements import OBSERVATION, digest, measurement_reward
 from rtb_rl.tasks.image.observations import (
     Observed,
     judge,
@@ -93,7 +94,7 @@ def denoising_start(
     up only for what few levels and steps leave. Resumable.
     """
     config = {"start": asdict(settings), "prior": fingerprint(prior.denoiser), "seed": seed}
-    run = Run(directory, {**config, "target": target.name})
+    run = Run(directory, {**config, "target": target.name, **target.facts})
     unet = target.widen(prior.pipeline.unet).requires_grad_(True)
     scheduler, device = prior.pipeline.scheduler, prior.diffusion.signal.device
     grid = scheduler_grid(scheduler, prior.diffusion.levels)
@@ -139,10 +140,13 @@ def compare_methods(
     """Rows of `judge` for RTB, for the start that it was given, and for what needs no training.
 
     `pool`: prior draws [m, C, H, W], other than the truths. Every row is kept in the directory, and
-    is not made again. "truth" has what is known of the posterior itself. "RTB, by weight" makes its
-    draws with as many calls as guidance and steering do theirs, beside those of its training.
+    is not made again; InputError where it holds rows of something else, and for a beta other than
+    1, which the truths know nothing of. "truth" has what is known of the posterior itself. "RTB, by
+    weight" makes its draws with as many calls as guidance and steering do theirs, beside those of
+    its training.
     """
     directory, count = Path(directory), settings.draws
+    _check_beta(settings)
     target = measurement_target(observed.measurement, pool)
     started, start_calls = denoising_start(
         directory / "start", prior, target, settings.start, seed=seed
@@ -164,11 +168,14 @@ def compare_methods(
             judge_method, partial(pool_draws, pool, levels, observed), observed, count
         ),
     }
+    device = prior.diffusion.signal.device
+    config = _config(prior, target, observed, settings, seed)
     truth = float(observed.log_likelihood(observed.truth[:, None]).mean())
-    return {
-        "truth": {"log_likelihood": truth},
-        **{name: _kept(directory / "rows", name, row, seed) for name, row in rows.items()},
-    }
+    found = {"truth": {"log_likelihood": truth}}
+    for name, row in rows.items():
+        own = generator_for(seed, name, device=device)
+        found[name] = _kept(directory / "rows", config, name, partial(row, generator=own))
+    return found
 
 
 def judge_network(
@@ -198,12 +205,38 @@ def training_free(prior: PipelinePrior, observed: Observed, *, particles: int) -
     }
 
 
+def _check_beta(settings: InverseSettings) -> None:
+    if (beta := settings.posterior.finetune.beta) != 1:
+        raise InputError(
+            f"the posterior's beta is {beta}, and truths, guidance and weights are of beta 1; give"
+            " beta 1"
+        )
+
+
+def _config(
+    prior: PipelinePrior,
+    target: ImageTarget,
+    observed: Observed,
+    settings: InverseSettings,
+    seed: int,
+) -> dict[str, Any]:
+    """What a row belongs to."""
+    return {
+        "prior": fingerprint(prior.denoiser),
+        "settings": asdict(settings),
+        "truth": digest(observed.truth),
+        "observation": digest(observed.condition[OBSERVATION]),
+        "seed": seed,
+        **target.facts,
+    }
+
+
 def _kept(
-    directory: Path, name: str, row: Callable[..., dict[str, float]], seed: int
+    directory: Path, config: dict[str, Any], name: str, row: Callable[[], dict[str, float]]
 ) -> dict[str, float]:
-    run = Run(directory / name.replace(" ", "-"), {"method": name, "seed": seed})
+    run = Run(directory / name.replace(" ", "-"), {"method": name, **config})
     if run.results is None:
         begun = time.monotonic()
-        found = row(generator=generator_for(seed, name))
+        found = row()
         run.finish({**found, "seconds": time.monotonic() - begun})
     return run.results or {}

@@ -4,9 +4,10 @@ An operator is A alone: `apply`, its transpose `adjoint`, and `as_image`, the ob
 channels of the image's size for a conditional network. A Measurement adds the noise.
 """
 
+import hashlib
 import math
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -184,3 +185,18 @@ class MeasurementReward:
 def measurement_reward(measurement: Measurement) -> MeasurementReward:
     """log p(y | x0) as a LogReward in model space; x0 is not clamped, as A x + noise is not."""
     return MeasurementReward(measurement)
+
+
+def operator_facts(operator: Operator) -> dict[str, Any]:
+    """The operator by its class and, of a dataclass, its fields: what tells it from others."""
+    held = fields(operator) if is_dataclass(operator) else ()
+    values = {one.name: getattr(operator, one.name) for one in held}
+    told = {name: digest(v) if isinstance(v, Tensor) else v for name, v in values.items()}
+    return {"class": type(operator).__qualname__, **told}
+
+
+def digest(tensor: Tensor) -> str:
+    """sha256 of the type, the shape and the numbers of a tensor."""
+    found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    found.update(tensor.detach().cpu().contiguous().numpy().data)
+    return found.hexdigest()

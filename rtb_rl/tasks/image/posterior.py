@@ -172,7 +172,7 @@ def _config(
     """What a run's directory belongs to."""
     given = {"posterior": asdict(settings), "trainer": make_trainer.__name__, "seed": seed}
     made_from = {"prior": fingerprint(prior.pipeline.unet), "levels": prior.diffusion.levels}
-    return {"target": target.name, **given, **made_from}
+    return {"target": target.name, **target.facts, **given, **made_from}
 
 
 def _diagnostics(task: Task, settings: PosteriorSettings, seed: int) -> dict[str, float]:

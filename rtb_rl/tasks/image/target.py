@@ -5,8 +5,9 @@ a copy that also sees an observation), so that every posterior starts as the pri
 """
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -16,7 +17,12 @@ from rtb_rl.adapters.unets import Encode, UNetInputs, with_channels, with_classe
 from rtb_rl.core import ConditionalLogZ, GroupMeanLogZ, LogReward, ScalarLogZ
 from rtb_rl.core.protocols import Condition
 from rtb_rl.errors import InputError
-from rtb_rl.tasks.image.measurements import Measurement, measurement_reward
+from rtb_rl.tasks.image.measurements import (
+    Measurement,
+    digest,
+    measurement_reward,
+    operator_facts,
+)
 from rtb_rl.tasks.image.rewards import (
     Classifier,
     ConditionalClassProbability,
@@ -28,6 +34,7 @@ from rtb_rl.tasks.image.rewards import (
 from rtb_rl.training.mix import LearnedLogZ
 from rtb_rl.training.scoring import score
 from rtb_rl.training.seeding import generator_for
+from rtb_rl.training.stage import fingerprint
 from rtb_rl.training.task import DrawConditions, Task, no_conditions
 
 with extra("image"):
@@ -49,6 +56,8 @@ class ImageTarget:
     """How many conditions there are, where they can be counted: 0..classes - 1."""
     log_z: Callable[[int], LearnedLogZ] = lambda paths: ScalarLogZ()
     """The estimate of log Z for so many paths a condition."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What a directory of this target belongs to, beside the name."""
 
     @property
     def is_conditional(self) -> bool:
@@ -56,7 +65,10 @@ class ImageTarget:
 
 
 def reward_target(name: str, reward: ImageReward) -> ImageTarget:
-    """A reward of your own, `(images [batch, C, H, W] in [0, 1], None) -> log r [batch]`."""
+    """A reward of your own, `(images [batch, C, H, W] in [0, 1], None) -> log r [batch]`.
+
+    A directory knows it by its name alone: another reward needs another one.
+    """
     return ImageTarget(name, in_model_space(reward))
 
 
@@ -67,7 +79,8 @@ def class_target(classifier: Classifier, labels: Sequence[int]) -> ImageTarget:
     """
     labels = tuple(dict.fromkeys(labels))
     name = "class " + "+".join(str(label) for label in labels)
-    return reward_target(name, UnionProbability(classifier, labels))
+    target = reward_target(name, UnionProbability(classifier, labels))
+    return replace(target, facts={"classifier": fingerprint(classifier)})
 
 
 def every_class_target(classifier: Classifier, classes: int) -> ImageTarget:
@@ -92,6 +105,7 @@ def every_class_target(classifier: Classifier, classes: int) -> ImageTarget:
         _labels,
         classes,
         log_z,
+        {"classifier": fingerprint(classifier)},
     )
 
 
@@ -119,6 +133,11 @@ def measurement_target(measurement: Measurement, draws: Tensor) -> ImageTarget:
         lambda unet: with_channels(unet, probe.shape[1]),
         encode,
         log_z=_group_mean,
+        facts={
+            "operator": operator_facts(measurement.operator),
+            "sigma": measurement.sigma,
+            "draws": digest(draws),
+        },
     )
 
 

@@ -10,7 +10,9 @@ from rtb_rl.adapters.pipelines import open_pipeline
 from rtb_rl.baselines.draws import Draws
 from rtb_rl.baselines.weighted import posterior_by_weight
 from rtb_rl.core import importance_log_z
+from rtb_rl.errors import InputError
 from rtb_rl.tasks.image.inverse import InverseSettings, compare_methods, denoising_start
+from rtb_rl.tasks.image.measurements import Inpainting, Measurement
 from rtb_rl.tasks.image.observations import (
     judge,
     markdown,
@@ -19,9 +21,9 @@ from rtb_rl.tasks.image.observations import (
     pool_draws,
     posterior_draws,
 )
-from rtb_rl.tasks.image.posterior import posterior_task
+from rtb_rl.tasks.image.posterior import fit_posterior, posterior_task
 from rtb_rl.tasks.image.prior import PriorSettings, new_scheduler, new_unet
-from rtb_rl.tasks.image.target import measurement_target
+from rtb_rl.tasks.image.target import class_target, every_class_target, measurement_target
 from rtb_rl.training import FinetuneSettings, Mix, PretrainSettings
 
 SHAPE, SIGMA = (1, 4, 4), 0.5
@@ -174,3 +176,44 @@ def test_all_methods_are_compared_once(prior, observed, tmp_path, monkeypatch):
     monkeypatch.setattr("rtb_rl.tasks.image.inverse.judge", None)
     assert compare_methods(tmp_path, prior, few, pool, tiny(), seed=0) == rows
     assert len(markdown(rows).splitlines()) == 2 + len(rows)
+    for other, given in (
+        (observe(few.measurement, few.truth, generator=generator(2)), tiny()),
+        (few, replace(tiny(), draws=5)),
+    ):
+        with pytest.raises(InputError, match="run of another configuration"):
+            compare_methods(tmp_path, prior, other, pool, given, seed=0)
+
+
+def test_a_directory_belongs_to_one_measurement_and_one_pool(prior, observed, tmp_path):
+    pool = torch.randn(50, *SHAPE, generator=generator(11))
+    other = Inpainting(torch.eye(4).bool())
+    half, shifted = observed.measurement, pool + 0.1
+    targets = [
+        measurement_target(one, draws)
+        for one, draws in (
+            (half, pool),
+            (Measurement(half.operator, 2 * SIGMA), pool),
+            (Measurement(other, SIGMA), pool),
+            (half, shifted),
+        )
+    ]
+    settings = tiny().posterior
+    fit_posterior(tmp_path, prior, targets[0], settings)
+    for target in targets[1:]:
+        with pytest.raises(InputError, match="run of another configuration"):
+            fit_posterior(tmp_path, prior, target, settings)
+
+
+def test_another_classifier_is_another_target():
+    one, other = (torch.nn.Linear(2, 2) for _ in range(2))
+    facts = [class_target(one, [0]).facts, every_class_target(one, 2).facts]
+    assert facts[0] == facts[1] != class_target(other, [0]).facts
+
+
+def test_a_beta_that_truths_know_nothing_of_is_refused(prior, observed, tmp_path):
+    given = tiny()
+    tuned = replace(given.posterior.finetune, beta=2.0)
+    strong = replace(given, posterior=replace(given.posterior, finetune=tuned))
+    with pytest.raises(InputError, match="beta is 2.0"):
+        compare_methods(tmp_path, prior, observed, observed.truth, strong, seed=0)
+    assert not any(tmp_path.iterdir())
