@@ -1,4 +1,4 @@
-"""Tables of finished image runs: one for each data set and target, raw rows beside it.
+"""Tables of finished image runs: one for each data set, target and beta, raw rows beside it.
 
     rtb-rl bench image_table --runs runs/even-0 runs/even-1 runs/even-baselines --out
     benchmarks/results/images
@@ -25,6 +25,8 @@ from rtb_rl.training import write_comparison
 from rtb_rl.training.table import mean_over_seeds, slug
 
 Rows = Sequence[Mapping[str, Any]]
+ALIKE = ("data_sha256", "prior", "prior_seed", "levels")
+"""What the runs of one table must have in common."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,16 @@ def rows_of(directory: Path) -> list[dict[str, Any]]:
     results = json.loads(path.read_text())
     config = json.loads((directory / "config.json").read_text())
     manifest = json.loads((directory / "manifest.json").read_text())
+    prior = config.get("prior")
     shared = {
+        "run": directory.name,
         "data": Path(config["data"]).name,
         "data_sha256": config["data_sha256"],
         "target": results["target"],
+        "beta": float(config["beta"]),
+        "prior": prior and Path(prior).name,
+        "prior_seed": config.get("prior_seed"),
+        "levels": config["settings"].get("prior", {}).get("levels"),
         "seed": config["seed"],
         "budget": config["settings"],
         "manifest": manifest,
@@ -58,18 +66,40 @@ def rows_of(directory: Path) -> list[dict[str, Any]]:
 
 
 def tables(rows: Rows) -> str:
-    """Markdown: a heading and a table for each data set and target."""
-    groups: dict[tuple[str, str], dict[str, list]] = defaultdict(lambda: defaultdict(list))
+    """Markdown: a heading and a table for each data set, target and beta.
+
+    InputError for runs of one table that have different priors or levels, and for a seed that is
+    there twice.
+    """
+    groups: dict[tuple[str, str, float], dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        groups[row["data"], row["target"]][row["method"]].append(row)
+        methods = groups[row["data"], row["target"], row["beta"]]
+        for other in (one for found in methods.values() for one in found):
+            check_alike(other, row)
+        methods[row["method"]].append(row)
     parts = []
-    for (data, target), methods in groups.items():
+    for (data, target, beta), methods in groups.items():
         means = {
             f"{name}, {len(found)} seeds" if len(found) > 1 else name: mean_over_seeds(found)
             for name, found in methods.items()
         }
-        parts.append(f"### {data}, {target}\n\n{markdown(means)}")
+        parts.append(f"### {data}, {target}, beta {beta:g}\n\n{markdown(means)}")
     return "\n".join(parts)
+
+
+def check_alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    """InputError for rows of one table that are no seeds of one thing."""
+    for name in ALIKE:
+        if one[name] != other[name]:
+            raise InputError(
+                f"{one['run']} and {other['run']} have one data set, target and beta, but {name}"
+                f" {one[name]!r} and {other[name]!r}; make a table of each, with its own --out"
+            )
+    if (one["method"], one["seed"]) == (other["method"], other["seed"]):
+        raise InputError(
+            f"{one['run']} and {other['run']} both hold {one['method']!r} of seed {one['seed']};"
+            " name one of them"
+        )
 
 
 def draw_samples(runs: Sequence[Path], out: Path) -> None:
@@ -81,7 +111,7 @@ def draw_samples(runs: Sequence[Path], out: Path) -> None:
     for directory in runs:
         for row in rows_of(directory):
             kept = directory / "rows" / f"{slug(row['method'])}.safetensors"
-            name = slug(f"{Path(row['data']).stem} {row['target']}")
+            name = slug(f"{Path(row['data']).stem} {row['target']} beta {row['beta']:g}")
             method = row["method"] + mark(row)
             if kept.exists() and method not in grids[name]:
                 grids[name][method] = to_images(load(kept.read_bytes())["x0"])

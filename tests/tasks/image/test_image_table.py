@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from rtb_rl.benchmarks.image_table import Settings, main, mean_over_seeds, rows_of
+from rtb_rl.benchmarks.image_table import Settings, main, mean_over_seeds, rows_of, tables
 from safetensors.torch import save_file
 
 from rtb_rl.errors import InputError
@@ -27,13 +27,14 @@ ROW = {
 }
 
 
-def finished(directory, seed, value, target="class 3"):
+def finished(directory, seed, value, target="class 3", **asked):
     directory.mkdir()
     (directory / "figure.png").write_bytes(b"png")
     (directory / "posterior").mkdir()
     (directory / "rows").mkdir()
     save_file({"x0": torch.zeros(3, 1, 4, 4)}, directory / "rows" / "rtb.safetensors")
-    config = {"data": "folder/digits", "data_sha256": "x", "seed": seed, "settings": {}}
+    config = {"data": "folder/digits", "data_sha256": "x", "seed": seed, "beta": 1.0}
+    config |= {"settings": {"prior": {"levels": asked.pop("levels", 20)}}, **asked}
     row = {**ROW, "log_reward": value}
     for name, content in (
         ("config", config),
@@ -69,7 +70,13 @@ def test_runs_become_one_table_a_target(tmp_path):
     assert [row["seed"] for row in rows] == [0, 1, 0]
     assert "folder" not in (tmp_path / "out" / "rows.jsonl").read_text()
     pictures = {path.name for path in (tmp_path / "out").glob("*.png")}
-    assert pictures == {"a.png", "b.png", "c.png", "digits_class_3.png", "digits_class_4.png"}
+    assert pictures == {
+        "a.png",
+        "b.png",
+        "c.png",
+        "digits_class_3_beta_1.png",
+        "digits_class_4_beta_1.png",
+    }
 
 
 def test_an_unfinished_run_is_refused(tmp_path):
@@ -77,3 +84,25 @@ def test_an_unfinished_run_is_refused(tmp_path):
         rows_of(tmp_path)
     with pytest.raises(InputError, match="no runs"):
         main(Settings((), tmp_path / "out"))
+
+
+def test_every_beta_has_a_table_of_its_own(tmp_path):
+    runs = (finished(tmp_path / "a", 0, -1.0), finished(tmp_path / "b", 0, -3.0, beta=5.0))
+    text = tables([row for run in runs for row in rows_of(run)])
+    assert "### digits, class 3, beta 1\n" in text and "### digits, class 3, beta 5\n" in text
+    assert "seeds" not in text
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({}, "both hold 'rtb' of seed 0"),
+        ({"levels": 30}, "levels 20 and 30"),
+        ({"prior": "elsewhere/ddpm"}, "prior None and 'ddpm'"),
+        ({"prior_seed": 1}, "prior_seed None and 1"),
+    ],
+)
+def test_runs_that_are_no_seeds_of_one_thing_are_refused(asked, says, tmp_path):
+    runs = (finished(tmp_path / "a", 0, -1.0), finished(tmp_path / "b", 0, -3.0, **asked))
+    with pytest.raises(InputError, match=says):
+        tables([row for run in runs for row in rows_of(run)])
