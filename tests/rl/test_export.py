@@ -1,5 +1,6 @@
 """Exported policies against the Python policies they come from, and what export refuses."""
 
+import hashlib
 import json
 import math
 import subprocess
@@ -195,6 +196,9 @@ def finished(tmp_path_factory):
         for name in [name for name in weights if name.split(".")[-1] in LEARNED or "s." in name]:
             weights[name] += 0.1 * torch.randn(weights[name].shape, generator=generator)
         save_file(weights, path)
+        stage_results = json.loads((root / stage / "results.json").read_text())
+        stage_results["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        (root / stage / "results.json").write_text(json.dumps(stage_results))
     return root
 
 
