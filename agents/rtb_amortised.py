@@ -13,7 +13,17 @@ from pathlib import Path
 
 import tyro
 
-from rtb_rl.rl import AmortisedSettings, JobSettings, OwnCritic, StrengthByRule, open_job
+from rtb_rl.rl import (
+    AmortisedSettings,
+    Budget,
+    JobSettings,
+    OwnCritic,
+    StrengthByRule,
+    open_job,
+)
+from rtb_rl.rl.posteriors.amortised import check_acting
+
+STRONGEST = AmortisedSettings().high
 
 
 @dataclass(frozen=True)
@@ -22,29 +32,40 @@ class Settings(JobSettings, OwnCritic, StrengthByRule):
 
     low: float = 0.3
     """Weakest beta trained for."""
-    high: float = 10.0
-    """Strongest."""
+    high: float | None = None
+    """Strongest; not given: 10, or the beta that the run acts at where that is more."""
 
 
 def main(settings: Settings) -> None:
     """Fit prior, critic and the posterior of all strengths, and evaluate one of them."""
-    tuning = Path(__file__).with_name("rtb_iql.toml")
-    own = AmortisedSettings(low=settings.low, high=settings.high)
     job = open_job(
         settings,
         program="rtb_amortised",
         method="rtb_amortised",
-        tuning_file=tuning,
-        own={"amortised": asdict(own)},
+        tuning_file=Path(__file__).with_name("rtb_iql.toml"),
+        own=lambda budget: {"amortised": asdict(strengths(settings, budget))},
     )
     prior, critic = job.prior(), job.critic()
-    own = job.amortised_settings(low=settings.low, high=settings.high)
     if settings.kl is not None:
+        own = job.amortised_settings(low=settings.low, high=settings.high or STRONGEST)
         model = job.amortised(prior, critic, own)
         job.acting_strength(prior, model, critic, own, settings.kl)
     else:
-        job.amortised(prior, critic, own, job.posterior_settings(prior, critic).finetune.beta)
+        beta = job.posterior_settings(prior, critic).finetune.beta
+        high = settings.high or max(STRONGEST, beta)
+        own = job.amortised_settings(low=settings.low, high=high)
+        job.amortised(prior, critic, own, beta)
     job.finish(["prior", "rtb_amortised"], trained="amortised", critic=critic)
+
+
+def strengths(settings: Settings, budget: Budget) -> AmortisedSettings:
+    """The range, as far as it is known before the critic; InputError for a beta outside of it."""
+    beta = budget.posterior.finetune.beta
+    if settings.kl is not None or settings.ess is not None:  # found when the critic is there
+        return AmortisedSettings(low=settings.low, high=settings.high or STRONGEST)
+    own = AmortisedSettings(low=settings.low, high=settings.high or max(STRONGEST, beta))
+    check_acting(beta, own)
+    return own
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ rtb_text_to_image that it shares, training included. A call is a row of the guid
 backward pass counts as two.
 """
 
+import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,9 +34,11 @@ from rtb_rl.tasks.text_to_image import (
     text_to_image_task,
     trained_baselines,
 )
+from rtb_rl.tasks.text_to_image.finished import beta_of
 from rtb_rl.tasks.text_to_image.job import prompts_of, reward_of
 from rtb_rl.tasks.text_to_image.named_rewards import named_reward
 from rtb_rl.tasks.text_to_image.rewards import is_differentiable
+from rtb_rl.tasks.text_to_image.settings import budget_for
 from rtb_rl.training import generator_for
 from rtb_rl.training.equal_calls import Spent, spent_by, updates_within
 from rtb_rl.training.settings import check_beta
@@ -97,8 +100,25 @@ def calls_of_rtb(settings: Settings) -> Spent:
             "baselines stand on a run of rtb_text_to_image; name its directory with --share"
         )
     prompts, reward = list(prompts_of(settings).texts), reward_of(settings)
-    asked = {"prior": settings.prior, "prompts": prompts, "reward": reward, "beta": settings.beta}
-    return spent_by(run, "rtb", "rtb_text_to_image", asked)
+    asked = {"prior": settings.prior, "prompts": prompts, "reward": reward}
+    asked |= {"negative": settings.negative, "size": settings.size}
+    spent = spent_by(run, "rtb", "rtb_text_to_image", asked)
+    guidance = budget_for(settings.budget, settings.prior).guidance
+    theirs = json.loads((run / "config.json").read_text())["settings"]["guidance"]
+    check_same(run, "beta", beta_of(run), settings.beta)
+    check_same(
+        run, "guidance", theirs, guidance if settings.guidance is None else settings.guidance
+    )
+    return spent
+
+
+def check_same(run: Path, name: str, theirs: float, ours: float) -> None:
+    """InputError for a run that was asked for something else."""
+    if theirs != ours:
+        raise InputError(
+            f"{run} has {name} {theirs}, and {ours} is asked for here; name a run of the same"
+            f" {name} with --against"
+        )
 
 
 def check_methods(settings: Settings) -> None:

@@ -97,15 +97,18 @@ def check_one_critic(runs: Sequence[Path]) -> None:
 
 
 def each_method_once(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows without methods that an earlier run holds too."""
-    first: dict[str, dict[str, Any]] = {}
+    """The rows without policies that an earlier run holds too: of one method and, by the same
+    draws, with the same values.
+    """
+    first: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
-        first.setdefault(row["method"], row)
+        first.setdefault((row["method"], row["advantage"], row["kl"]), row)
     return list(first.values())
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a row a method."""
+    """Markdown: a row a method, and a run where several have one of it."""
+    methods = [row["method"] for row in rows]
     lines = [
         f"{rows[0]['dataset']}, seed {rows[0]['seed']}, one critic.",
         "",
@@ -121,7 +124,9 @@ def table(rows: list[dict[str, Any]]) -> str:
             "-" if row["path_kl"] is None else f"{row['path_kl']:.2f}",
             "-" if row["ess"] is None else f"{row['ess']:.2f}",
         ]
-        lines.append(f"| {row['method']} | {' | '.join(numbers)} |")
+        several = methods.count(row["method"]) > 1
+        name = f"{row['method']}, {row['run']}" if several else row["method"]
+        lines.append(f"| {name} | {' | '.join(numbers)} |")
     return "\n".join(lines) + "\n"
 
 

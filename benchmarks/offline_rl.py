@@ -62,9 +62,8 @@ def main(settings: Settings) -> None:
     execute = executor(settings)
     with grid_lock(root):
         paths = data_paths(grid, root)
-        cells = grid.cells(paths, root)
+        cells = chosen(grid.cells(paths, root), settings.only)
         keep_grid(root, grid, check_data(grid, paths))
-        cells = chosen(cells, settings.only)
         failed = fill(cells, root, execute, workers=settings.workers, retry=settings.retry)
     print(f"rows: {settings.out / 'rows.jsonl'}")
     if failed:

@@ -42,7 +42,15 @@ def rows_of(directory: Path) -> list[dict[str, Any]]:
         raise InputError(f"{directory} has no results.json; finish that run first")
     results = json.loads(path.read_text())
     summary = results["dataset"]["summary"]
-    posterior = json.loads((directory / "posterior" / "config.json").read_text())["posterior"]
+    path = directory / "posterior" / "config.json"
+    if not path.exists():
+        raise InputError(f"{directory} has no posterior of its own; give runs of rtb_iql")
+    if results["dataset"]["reference_returns"] is None:
+        raise InputError(
+            f"{directory} is of {results['dataset']['dataset']}, which has no reference returns to"
+            " score by; give runs of data that have them"
+        )
+    posterior = json.loads(path.read_text())["posterior"]
     shared = {
         "dataset": results["dataset"]["dataset"],
         "data_sha256": results["dataset"]["data_sha256"],

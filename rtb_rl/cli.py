@@ -58,7 +58,7 @@ class Evaluate:
     method: str | None = None
     """prior, iql, best_of_n or rtb; the program's own where none is given."""
     video: Path | None = None
-    """Also film the first episode, into this .gif (or .mp4 with imageio-ffmpeg)."""
+    """Also film an episode, that of --episodes 1, into this .gif (or .mp4 with imageio-ffmpeg)."""
     json: bool = False
     """Print one JSON object with every episode."""
 

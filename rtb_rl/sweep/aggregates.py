@@ -30,6 +30,8 @@ class Aggregates:
     profiles: Mapping[str, Profile]
     improvement: Mapping[tuple[str, str], Estimate]
     """(X, Y) -> P(X > Y)."""
+    single: frozenset[str]
+    """Agents with one run on some task, which no bootstrap of runs moves."""
 
     @property
     def leader(self) -> str | None:
@@ -61,6 +63,7 @@ def aggregate(comparison: Comparison) -> Aggregates:
             for second in runs
             if first != second
         },
+        frozenset(agent for agent, own in runs.items() if any(len(task) == 1 for task in own)),
     )
 
 
@@ -86,7 +89,7 @@ def headline(comparison: Comparison, aggregates: Aggregates) -> str:
     close = [
         agent
         for agent in aggregates.interquartile
-        if agent != leader and not _above_half(aggregates.improvement[leader, agent])
+        if agent != leader and not _ahead(aggregates, leader, agent)
     ]
     if not others:
         return f"{text}."
@@ -112,8 +115,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _above_half(estimate: Estimate) -> bool:
-    return estimate.low is not None and estimate.low > 0.5
+def _ahead(aggregates: Aggregates, leader: str, other: str) -> bool:
+    """Whether the interval says so: one that single runs make too narrow doesn't."""
+    estimate = aggregates.improvement[leader, other]
+    moved = not aggregates.single & {leader, other}
+    return moved and estimate.low is not None and estimate.low > 0.5
 
 
 def _taus(runs: Mapping[str, Runs]) -> np.ndarray:

@@ -62,7 +62,8 @@ class Comparison:
                 where = f"task {task!r}, agent {agent!r}"
                 _check_same(cell, SAME_IN_CELL, where)
                 if not any(_has_rule(row) for row in cell):
-                    _check_same(cell, ("beta",), where)
+                    # rows of qgpo were once written without their beta
+                    _check_same(_with_beta(cell), ("beta",), where)
 
     @cached_property
     def tasks(self) -> tuple[str, ...]:
@@ -135,14 +136,21 @@ def _parsed(line: str, place: str) -> dict[str, Any]:
     if not isinstance(row, dict) or (absent := [key for key in NEEDED if key not in row]):
         lacks = ", ".join(absent) if isinstance(row, dict) else "an object with named values"
         raise InputError(f"{place} lacks {lacks}; give rows that `rtb-rl bench offline_rl` wrote")
-    if not isinstance(row["seed"], int) or not row["returns"]:
+    if not isinstance(row["seed"], int) or not isinstance(row["returns"], list):
         raise InputError(
-            f"{place} has seed {row['seed']!r} and {len(row['returns'])} returns; a "
-            "row needs a whole number and at least one; run that cell again"
+            f"{place} has seed {row['seed']!r} and returns that are a"
+            f" {type(row['returns']).__name__}; a row needs a whole number and a list; run that"
+            " cell again"
         )
+    if not row["returns"]:
+        raise InputError(f"{place} has 0 returns, a row needs at least one; run that cell again")
     if not all(isinstance(r, int | float) and math.isfinite(r) for r in row["returns"]):
         raise InputError(f"{place} has returns that aren't finite numbers; run that cell again")
     return row
+
+
+def _with_beta(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row.get("beta") is not None]
 
 
 def _has_rule(row: Row) -> bool:

@@ -7,7 +7,7 @@
     [tasks.hopper-medium-replay]   # dataset, and options of the programs on this task
     dataset = "hopper-medium-replay.hdf5"
     env_id = "Hopper-v4"
-    [tasks.hopper-medium-expert]   # several files are one data set, see mixture.py
+    [tasks.hopper-medium-expert]   # several files are one data set, see data.py
     dataset = ["hopper-medium.hdf5", "hopper-expert.hdf5"]
     [agents_settings.rtb_iql]      # options of one program
     beta = 3.0

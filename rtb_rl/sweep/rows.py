@@ -146,10 +146,17 @@ def row_key(row: Mapping[str, Any]) -> Key:
 
 def _beta(directory: Path, overrides: Mapping[str, Any]) -> float | None:
     """Strength of the critic that the policy acts at; None for programs without one."""
-    posterior, acting, amortised = (
+    posterior, acting, amortised, energy = (
         directory / place
-        for place in ("posterior/config.json", "acting/results.json", "amortised/config.json")
+        for place in (
+            "posterior/config.json",
+            "acting/results.json",
+            "amortised/config.json",
+            "qgpo/config.json",
+        )
     )
+    if energy.exists():  # before `acting`: with --kl both are there, and the same
+        return _json(energy)["energy_guidance"]["beta"]
     if posterior.exists():
         return _json(posterior)["posterior"]["finetune"]["beta"]
     if acting.exists():

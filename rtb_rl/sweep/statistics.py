@@ -93,7 +93,7 @@ def aggregate_score(runs: Runs) -> Estimate:
     """
     draws = interquartile_mean(resampled(runs, np.random.default_rng(SEED)))
     value = float(interquartile_mean(np.concatenate(list(runs))))
-    return Estimate(value) if all(len(scores) == 1 for scores in runs) else _estimate(value, draws)
+    return Estimate(value) if _single(runs) else _estimate(value, draws)
 
 
 def performance_profile(runs: Runs, taus: np.ndarray) -> Profile:
@@ -109,7 +109,8 @@ def probability_of_improvement(first: Runs, second: Runs) -> Estimate:
     """P(a run of `first` scores above one of `second` on the same task), averaged over tasks.
 
     The Mann-Whitney statistic over the number of pairs, a tie counting one half. In the interval
-    the runs of both are drawn anew, each inside its task.
+    the runs of both are drawn anew, each inside its task; where an agent has one run in every task
+    there's none.
     """
     generator = np.random.default_rng(SEED)
     values, draws = [], np.zeros(DRAWS)
@@ -120,9 +121,13 @@ def probability_of_improvement(first: Runs, second: Runs) -> Estimate:
         values.append(wins.mean())
         draws += wins[rows[:, :, None], columns[:, None, :]].mean((1, 2))
     value = float(np.mean(values))
-    if all(len(scores) == 1 for scores in (*first, *second)):
+    if _single(first) or _single(second):  # that side would stand still while the other is drawn
         return Estimate(value)
     return _estimate(value, draws / len(values))
+
+
+def _single(runs: Runs) -> bool:
+    return all(len(scores) == 1 for scores in runs)
 
 
 def _estimate(value: float, draws: np.ndarray) -> Estimate:

@@ -19,6 +19,11 @@ BEST_REMARK = (
     "publications that report it. It has no interval for that reason."
 )
 
+SINGLE_REMARK = (
+    f"{ONE_SEED} One of the two has a single run on some task, which isn't drawn anew: no interval "
+    "where that is so on every task, else one that is too narrow, and never bold."
+)
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -133,7 +138,7 @@ def improvement_table(aggregates: Aggregates) -> Table | None:
     if len(agents) < 2:
         return None
     rows = [
-        [Cell(one), *(_percent(aggregates.improvement.get((one, other))) for other in agents)]
+        [Cell(one), *(_improvement_cell(aggregates, one, other) for other in agents)]
         for one in agents
     ]
     remark = (
@@ -141,22 +146,25 @@ def improvement_table(aggregates: Aggregates) -> Table | None:
         "the same task, averaged over tasks; ties count one half. Bold: the interval excludes 50. "
         "Intervals aren't corrected for the number of pairs."
     )
+    remarks = [remark, SINGLE_REMARK] if aggregates.single else [remark]
     records = [
         {"first": one, "second": other, "probability": p.value, "low": p.low, "high": p.high}
         for (one, other), p in aggregates.improvement.items()
     ]
     header = ["row above column", *agents]
-    return Table("improvement", "Probability of improvement", header, rows, [remark], records)
+    return Table("improvement", "Probability of improvement", header, rows, remarks, records)
 
 
-def _percent(estimate: Estimate | None) -> Cell:
+def _improvement_cell(aggregates: Aggregates, one: str, other: str) -> Cell:
+    estimate = aggregates.improvement.get((one, other))
     if estimate is None:
         return Cell("")
+    mark = ONE_SEED if aggregates.single & {one, other} else ""
     if estimate.low is None or estimate.high is None:
-        return Cell(f"{100 * estimate.value:.0f}")
+        return Cell(f"{100 * estimate.value:.0f}{mark}")
     interval = f"{100 * estimate.low:.0f} to {100 * estimate.high:.0f}"
-    strong = not estimate.low <= 0.5 <= estimate.high
-    return Cell(f"{100 * estimate.value:.0f}", strong, interval)
+    strong = not mark and not estimate.low <= 0.5 <= estimate.high
+    return Cell(f"{100 * estimate.value:.0f}{mark}", strong, interval)
 
 
 def _line(cells: Sequence[str]) -> str:

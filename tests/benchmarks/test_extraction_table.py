@@ -26,3 +26,12 @@ def test_a_method_that_several_runs_hold_is_listed_once_by_the_first():
     rows = each_method_once([row("one", "prior"), row("one", "rtb"), row("two", "prior")])
     assert [(r["run"], r["method"]) for r in rows] == [("one", "prior"), ("one", "rtb")]
     assert "| rtb | 10.0 | 0.500 ± 0.100 | 1.25 ± 0.01 | - | - |" in table(rows)
+
+
+def test_one_method_with_two_settings_is_two_rows_named_by_their_runs():
+    """Two runs of rtb_iql at beta 3 and 6 gave one row."""
+    given = [row("three", "rtb"), row("six", "rtb", kl=2.5), row("six", "prior")]
+    rows = each_method_once(given)
+    assert rows == given
+    text = table(rows)
+    assert "| rtb, three |" in text and "| rtb, six |" in text and "| prior |" in text

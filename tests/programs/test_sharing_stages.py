@@ -140,3 +140,29 @@ def test_a_critic_that_was_trained_on_a_gpu_acts_on_the_cpu(dataset, main_run, t
     critic = Elsewhere()
     job.finish(["best_of_n"], critic=critic)
     assert critic.where == "cuda"
+
+
+def test_numbers_that_no_run_can_have_are_refused_first(dataset, tmp_path):
+    cases = [
+        ("best_of_n", {"candidates": 0}, "--candidates is 0; give at least 1"),
+        ("iql", {"curve": -1}, "--curve is -1; give at least 0"),
+        ("rtb_amortised", {"beta": 20.0, "high": 10.0}, "beta 20 is outside the strengths 0.3 to"),
+        ("rtb_amortised", {"beta": 0.1}, "beta 0.1 is outside the strengths 0.3 to 10"),
+        ("td3_bc", {"steps": -5}, "steps=-5"),
+        ("dql", {"steps": 0}, "steps=0"),
+    ]
+    for program, given, words in cases:
+        with pytest.raises(InputError, match=words):
+            run(program, dataset, tmp_path / "out", **given)
+    iql = importlib.import_module("rtb_rl.agents.iql")
+    with pytest.raises(InputError, match="--seed is -1; give at least 0"):
+        iql.main(iql.Settings(dataset=dataset, out=tmp_path / "out", seed=-1))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_strong_beta_widens_the_strengths_trained_for(dataset, tmp_path):
+    """Tables of beta = 20 were refused after the critic had been trained."""
+    run("rtb_amortised", dataset, tmp_path / "run", beta=20.0)
+    for place in ("config.json", "amortised/config.json"):
+        config = json.loads((tmp_path / "run" / place).read_text())
+        assert (config.get("settings") or config)["amortised"]["high"] == 20.0

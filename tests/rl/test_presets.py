@@ -130,6 +130,43 @@ def test_rewards_of_a_file_are_treated_as_those_of_its_task():
 
 
 @pytest.mark.parametrize(
+    "name, env_id, treatment",
+    [
+        ("D4RL/antmaze/umaze-v1", "AntMaze_UMaze-v4", "minus one"),
+        ("D4RL/antmaze/umaze-v1", None, "minus one"),
+        ("D4RL/door/human-v2", None, "recorded"),
+        ("D4RL/kitchen/complete-v2", None, "recorded"),
+        ("mine", "AdroitHandPen-v1", "recorded"),
+        ("mine", "FrankaKitchen-v1", "recorded"),
+        ("mine", "AntMaze_Large_Diverse_GR-v4", "minus one"),
+        ("mine", "AntMaze_UMazeDense-v4", "scaled"),
+        ("mine", "ogbench:antmaze-large-navigate-singletask-v0", "recorded"),
+        ("mujoco/ant/medium-v0", "Ant-v5", "scaled"),
+        ("local/hopper/medium-v0", "Hopper-v5", "scaled"),
+        ("D4RL/pointmaze/umaze-v2", "PointMaze_UMaze-v3", "scaled"),
+    ],
+)
+def test_rewards_of_minari_s_data_and_of_the_environment(name, env_id, treatment):
+    """Minari's antmaze, hand and kitchen data were scaled as locomotion."""
+    assert critic_rewards(name, env_id) == treatment
+
+
+@pytest.mark.parametrize(
+    "dataset, table",
+    [
+        ("local/halfcheetah/medium-v0", "halfcheetah-medium"),
+        ("local/hopper/medium-replay-v0", "hopper-medium-replay"),
+        ("local/hopper/medium-replay-200000-v0", "hopper-medium-replay"),
+        ("local/hopper/mine-v0", "default"),
+        ("mujoco/hopper/medium-v0", "default"),
+    ],
+)
+def test_collected_data_find_their_table(dataset, table):
+    key = opening._tuning_key(JobSettings(dataset=dataset))
+    assert find_tuning(TOML, key)[0] == table
+
+
+@pytest.mark.parametrize(
     ("name", "table", "discount"),
     [
         ("antmaze-medium-navigate-singletask-v0", "antmaze", 0.99),

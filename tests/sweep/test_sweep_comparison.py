@@ -9,6 +9,7 @@ from rtb_rl.errors import InputError
 from rtb_rl.sweep.aggregates import aggregate, headline
 from rtb_rl.sweep.comparison import Comparison, read_rows, scores
 from rtb_rl.sweep.provenance import run_table
+from rtb_rl.sweep.tables import improvement_table
 
 
 def test_rows_of_several_files_come_together(tmp_path):
@@ -35,6 +36,7 @@ def test_two_rows_of_one_cell_are_refused(tmp_path):
     "changed, said",
     [
         ({"returns": []}, "0 returns"),
+        ({"returns": None}, "returns that are a NoneType"),
         ({"returns": [float("nan")]}, "aren't finite"),
         ({"seed": "zero"}, "whole number"),
         ({"origin": None, "remove": "origin"}, "lacks origin"),
@@ -67,7 +69,12 @@ def test_no_file_and_no_rows_are_refused(tmp_path):
 )
 def test_runs_that_are_no_repetitions_are_refused(changed, key):
     with pytest.raises(InputError, match=f"runs differ in {key}.*seed 0.*seed 1"):
-        Comparison((row(seed=0), row(seed=1, **changed)))
+        Comparison((row(seed=0, beta=3.0), row(seed=1, **{"beta": 3.0, **changed})))
+
+
+def test_rows_with_and_without_a_recorded_beta_are_of_one_agent():
+    """Those of qgpo were written without it."""
+    Comparison((row("qgpo", seed=0, beta=None), row("qgpo", seed=1, beta=3.0)))
 
 
 @pytest.mark.parametrize("rule", [{"kl": 0.5}, {"ess": 0.3}])
@@ -143,3 +150,27 @@ def test_headline_without_an_aggregate_says_why():
 def test_rows_round_trip(tmp_path):
     rows = grid(MEANS)
     assert read_rows([write(tmp_path / "r.jsonl", rows)]) == json.loads(json.dumps(rows))
+
+
+@pytest.mark.parametrize("counts", [(1, 1), (1, 3)])
+def test_an_agent_of_single_runs_is_never_claimed_to_be_better(counts):
+    """It stood still while the other was drawn anew: 100 (100 to 100), in bold and the headline.
+
+    `counts`: its runs on the first task and on the second, where the other has three on both.
+    """
+    rows = [row("lucky", "x", seed, (80.0, 81.0)) for seed in range(counts[0])]
+    rows += [row("lucky", "y", seed, (80.0, 81.0)) for seed in range(counts[1])]
+    rows += [row("three", task, seed, (50.0 + seed,)) for task in "xy" for seed in range(3)]
+    comparison = Comparison(tuple(rows))
+    found = aggregate(comparison)
+    assert headline(comparison, found).endswith("the runs don't set it apart from three.")
+    table = improvement_table(found)
+    cells = {table.rows[0][2].markdown, table.rows[1][1].markdown}
+    interval = "" if counts == (1, 1) else " ({0} to {0})"
+    assert cells == {f"{value}\u2020{interval.format(value)}" for value in (100, 0)}
+    assert "single run" in table.markdown()
+
+
+def test_with_several_runs_on_every_task_nothing_is_marked():
+    found = aggregate(Comparison(tuple(grid(MEANS))))
+    assert "\u2020" not in improvement_table(found).markdown()

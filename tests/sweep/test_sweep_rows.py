@@ -41,6 +41,7 @@ def filled(root):
             },
             1.5,
         ),
+        ({"qgpo/config.json": {"energy_guidance": {"beta": 2.5}}}, 2.5),
         (
             {
                 "acting/results.json": {"beta": 1.5},

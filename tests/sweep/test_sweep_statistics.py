@@ -92,6 +92,13 @@ def test_a_single_run_a_task_has_no_interval():
     assert probability_of_improvement([np.array([1.0])], [np.array([2.0])]).low is None
 
 
+def test_a_side_of_single_runs_gives_no_interval():
+    """One seed against three gave 33 (33 to 33): one of the sides was never drawn anew."""
+    one, three = [np.array([50.0])] * 3, [np.array([49.0, 51.0, 48.0])] * 3
+    for pair in ((one, three), (three, one)):
+        assert probability_of_improvement(*pair).low is None
+
+
 def test_profile_by_hand():
     runs = [np.array([10.0, 20.0]), np.array([30.0, 40.0])]
     taus = np.array([5.0, 10.0, 25.0, 35.0, 40.0])

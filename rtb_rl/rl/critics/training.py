@@ -61,7 +61,7 @@ def scaled_for_critic(
     Antmaze: reward - 1. Kitchen, hand tasks and OGBench: as recorded. Everything else: times
     1000 / (largest - least return). See `scores.critic_rewards`.
     """
-    treatment = critic_rewards(dataset.name)
+    treatment = critic_rewards(dataset.name, dataset.env_id)
     if treatment == "minus one":
         return dataset.with_rewards(antmaze_rewards(dataset.rewards)), "reward - 1"
     if treatment == "recorded":

@@ -197,6 +197,13 @@ def _in_unit_box(
     actions: np.ndarray, box: tuple[Any, Any], clip: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]:
     """Actions rescaled from the box to [-1, 1], the box as [d_a] arrays, and remarks on it."""
+    for edge in map(np.asarray, box):
+        if edge.shape not in ((), actions.shape[1:]):
+            raise InputError(
+                f"the action box has {edge.size} coordinates, the data's actions"
+                f" {actions.shape[1]}; name the environment they were recorded in (env_id), or"
+                " give their box (action_box)"
+            )
     low, high = (np.array(np.broadcast_to(edge, actions.shape[1:]), np.float32) for edge in box)
     if not (np.isfinite(low) & np.isfinite(high) & (low < high)).all():
         raise InputError(

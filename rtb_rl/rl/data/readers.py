@@ -146,12 +146,14 @@ def _read_hdf5(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _read_npz(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        loaded = np.load(path, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            raise ValueError("it holds one array, without a name")
+        with loaded as file:
             return {key: file[key] for key in (*WANTED, *OGBENCH_KEYS) if key in file}, {}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(
-            f"this isn't a whole npz file of numbers ({error}); save it again"
-        ) from None
+        text = f"this isn't a whole npz file of numbers ({error}); save it again"
+        raise InputError(text) from None
 
 
 READERS = {".hdf5": _read_hdf5, ".h5": _read_hdf5, ".npz": _read_npz}

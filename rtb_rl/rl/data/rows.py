@@ -57,7 +57,7 @@ def check_rows(arrays: Mapping[str, Any]) -> Rows:
     _check_lengths(columns)
     if "next_observations" in columns:
         _same_width(columns["next_observations"], observations, "next_observations")
-        return Rows(**columns, known=np.ones(len(rewards), dtype=bool))
+        return Rows(**columns, known=_recorded(columns, terminals | timeouts))
     following, known = _successors(observations, terminals | timeouts, found.get(FINAL))
     return Rows(**columns, next_observations=following, known=known)
 
@@ -99,6 +99,21 @@ def _successors(
     return following, known
 
 
+def _recorded(columns: Mapping[str, np.ndarray], ends: np.ndarray) -> np.ndarray:
+    """Which of the given next observations may be so: [rows].
+
+    Where each cut row's is the start of the next episode they were made by shifting the
+    observations up, and say nothing about the ends; the last row's then is the first observation.
+    """
+    given = columns["next_observations"]
+    shifted = (given == np.roll(columns["observations"], -1, axis=0)).all(1)
+    last = np.arange(len(ends)) == len(ends) - 1
+    cut = ends & ~columns["terminals"]
+    inner = cut & ~last
+    made = bool(inner.any() and shifted[inner].all())
+    return ~((inner & made) | (last & shifted & ~columns["terminals"]))
+
+
 def _numbers(values: Any, key: str) -> np.ndarray:
     given = np.asarray(values)
     if given.dtype.kind not in "fiub":
@@ -122,7 +137,7 @@ def _table(values: Any, key: str) -> np.ndarray:
 
 
 def _column(array: np.ndarray, key: str) -> np.ndarray:
-    if array.ndim != 1 and array.shape != (len(array), 1):
+    if array.ndim != 1 and (array.ndim != 2 or array.shape[1] != 1):
         raise InputError(f"'{key}' has shape {array.shape}; give one value a row, [rows]")
     return array.reshape(-1)
 

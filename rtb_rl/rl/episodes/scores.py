@@ -149,18 +149,24 @@ def published_return_scale(dataset: Recorded, window: int = 1000) -> float:
     return _scale_to_thousand(np.array(returns), f"windows of at most {window} rows")
 
 
-def critic_rewards(name: str) -> Literal["scaled", "minus one", "recorded"]:
+def critic_rewards(
+    name: str, env_id: str | None = None
+) -> Literal["scaled", "minus one", "recorded"]:
     """What is done to the rewards of a data set of this name before a critic is trained on them.
 
     As implicit Q-learning (arXiv 2110.06169) and its published code do: antmaze pays -1 a step
     until the goal, kitchen and hand tasks stay as they were recorded, locomotion is scaled by the
     spread of returns, and so is what no catalogue knows. OGBench's tasks pay -1 a step as they are.
+    The environment of the data counts where the name, D4RL's or Minari's, says nothing.
     """
-    environment = environment_of(name)
-    env_id = environment.env_id if environment else ""
-    if name.startswith("antmaze") or env_id.startswith("antmaze"):
+    if name.startswith(OGBENCH) or (env_id or "").startswith(OGBENCH):
+        return "recorded"
+    plain = "-".join(name.split("/")[1:]) if "/" in name else name  # D4RL/door/human-v2
+    environment = environment_of(plain)
+    known = (plain, environment.env_id if environment else "", env_id or "")
+    if any(re.match(r"antmaze(?!.*dense)", told, re.IGNORECASE) for told in known):
         return "minus one"
-    recorded = name.startswith(OGBENCH) or env_id.startswith(("kitchen", "AdroitHand"))
+    recorded = any(re.match(r"kitchen|FrankaKitchen|AdroitHand", told) for told in known)
     return "recorded" if recorded else "scaled"
 
 

@@ -40,7 +40,7 @@ class Tuning:
 
     beta: float = 3.0
     """Inverse temperature, in nats per unit of the critic: of the rewards it is trained on, see
-    `critic_training.scaled_for_critic`."""
+    `critics.training.scaled_for_critic`."""
     expectile: float = 0.7
     discount: float = 0.99
     temperature: float = 3.0

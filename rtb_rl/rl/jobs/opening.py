@@ -1,6 +1,7 @@
 """Opening a job: all that a program will use is loaded and checked before anything is trained."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from rtb_rl.rl.episodes.environments import make_environment
 from rtb_rl.rl.fitted import fitted_config
 from rtb_rl.rl.jobs.budget import Budget, Tuning, budget_for, find_tuning
 from rtb_rl.rl.jobs.job import Job
-from rtb_rl.rl.jobs.settings import JobSettings, tilt_of
+from rtb_rl.rl.jobs.settings import JobSettings, Tilt, tilt_of
 from rtb_rl.rl.jobs.shared_stages import complete_stages
 from rtb_rl.rl.posteriors.strength import check_rule
 from rtb_rl.training.run import Run
@@ -27,6 +28,8 @@ from rtb_rl.training.settings import check_beta
 
 EMBEDDED = "hopper-medium-replay"
 COLLECTED = "local/hopper/medium-replay-"
+COLLECTED_ID = re.compile(r"local/(\w+)/([a-z-]+?)(?:-\d+)?-v\d+")
+"""What `rtb-rl collect` calls the data of a recipe, and a run that collects them by itself."""
 
 
 def open_job(
@@ -35,14 +38,15 @@ def open_job(
     program: str,
     method: str,
     tuning_file: Path,
-    own: Mapping[str, Any] | None = None,
+    own: Mapping[str, Any] | Callable[[Budget], Mapping[str, Any]] | None = None,
 ) -> Job:
     """Load and check all that the program will use, before anything is trained or written.
 
-    `own`: settings of the program beside the budget's, which its run is tied to as well. Raises
-    InputError for data, environment, critic or directory that don't fit.
+    `own`: settings of the program beside the budget's, or what makes them of it; its run is tied
+    to them as well. Raises InputError for data, environment, critic or directory that don't fit.
     """
     tilt = tilt_of(settings)
+    _check_numbers(settings, tilt)
     if tilt.beta is not None:
         check_beta(tilt.beta)
     tuning = _tuning(settings, tuning_file)
@@ -52,6 +56,7 @@ def open_job(
     check_rule(tilt.beta, tilt.ess, tilt.kl)
     if tilt.critic_steps is not None:
         budget = _with_critic_steps(budget, tilt.critic_steps, tilt.critic)
+    given = own(budget) if callable(own) else own or {}
     dataset = _dataset(settings, budget)
     check_environment(dataset)
     source = _source(settings, budget)
@@ -71,11 +76,18 @@ def open_job(
         "candidates": tilt.candidates,
         "ess": tilt.ess,
         "kl": tilt.kl,
-        "settings": {**asdict(budget), **(own or {})},
+        "settings": {**asdict(budget), **given},
     }
     run = Run(settings.out, config)
     Console().print(str(summarise(dataset)), highlight=False, soft_wrap=True)
     return Job(settings, tilt, dataset, budget, run)
+
+
+def _check_numbers(settings: JobSettings, tilt: Tilt) -> None:
+    least = {"seed": (settings.seed, 0), "curve": (settings.curve, 0)}
+    for name, (value, bound) in (least | {"candidates": (tilt.candidates, 1)}).items():
+        if value < bound:
+            raise InputError(f"--{name} is {value}; give at least {bound}")
 
 
 def _with_critic_steps(budget: Budget, steps: int, own: str | None) -> Budget:
@@ -107,6 +119,8 @@ def _tuning(settings: JobSettings, path: Path) -> Tuning:
 def _tuning_key(settings: JobSettings) -> str:
     if settings.dataset is None:
         return EMBEDDED
+    if collected := COLLECTED_ID.fullmatch(settings.dataset):
+        return f"{collected[1]}-{collected[2]}"
     stem = Path(settings.dataset).stem
     return task_of_stem(task_of_file(stem, settings.env_id))
 

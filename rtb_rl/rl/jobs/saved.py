@@ -99,6 +99,7 @@ def _amortised(root: Path, config: dict[str, Any], critic: Critic | None) -> Pol
 
 
 def _qgpo(root: Path, config: dict[str, Any], critic: Critic | None) -> Policy:
+    fitted_config(root / "qgpo")  # before its settings: a run of another program has neither
     scale = config["settings"]["qgpo"]["scale"]
     return load_energy_guidance(root / "qgpo", load_prior(root / "prior"), scale=scale)
 

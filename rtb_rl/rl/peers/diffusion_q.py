@@ -58,10 +58,9 @@ class DiffusionQSettings:
     authors have 1 per unit of the environment's."""
 
     def __post_init__(self):
-        least = {"backup_actions": 1, "average_every": 1, "candidates": 1, "eta": 0}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                value = getattr(self, name)
+        counts = "steps", "batch", "backup_actions", "average_every", "candidates"
+        for name, bound in (dict.fromkeys(counts, 1) | {"eta": 0}).items():
+            if (value := getattr(self, name)) < bound:
                 raise InputError(f"Diffusion-QL got {name}={value}, needed at least {bound}")
 
 

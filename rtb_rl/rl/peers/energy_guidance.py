@@ -56,6 +56,9 @@ class EnergyGuidanceSettings:
     learning_rate: float = 3e-4
 
     def __post_init__(self):
+        for name, value in (("steps", self.steps), ("rows", self.rows)):
+            if value is not None and value < 1:
+                raise InputError(f"energy guidance got {name}={value}; give at least 1")
         if not 0 <= self.beta < float("inf") or self.candidates < 2 or self.batch < 1:
             raise InputError(
                 f"energy guidance got beta={self.beta}, candidates={self.candidates}, batch="

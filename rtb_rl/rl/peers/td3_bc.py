@@ -43,6 +43,10 @@ class TD3BCSettings:
     learning_rate: float = 3e-4
 
     def __post_init__(self):
+        if self.steps < 1 or self.batch < 1:
+            raise InputError(
+                f"TD3+BC got steps={self.steps} and batch={self.batch}; give at least 1 of each"
+            )
         if self.alpha < 0 or self.policy_delay < 1 or not 0 <= self.discount <= 1:
             raise InputError(
                 f"TD3+BC got alpha={self.alpha}, policy_delay={self.policy_delay}, discount="

@@ -66,6 +66,9 @@ class SoftCriticSettings:
     def __post_init__(self):
         if self.backup not in BACKUPS:
             raise InputError(f"backup {self.backup!r} is none of {', '.join(BACKUPS)}; name one")
+        for name, value in (("steps", self.steps), ("batch", self.batch), ("rows", self.rows)):
+            if value is not None and value < 1:
+                raise InputError(f"the soft critic got {name}={value}; give at least 1")
         if self.candidates < 1:
             raise InputError(f"candidates={self.candidates}; a backup needs at least 1 action")
         if not (0 <= self.beta < math.inf and 0 <= self.discount <= 1 and 0 < self.polyak <= 1):
