@@ -53,7 +53,7 @@ def numbers(log_reward, diversity, beta):
     return {**own, "reference_log_reward": reward, "reference_diversity": spread}
 
 
-def finished(directory, methods, budget=BUDGET, posterior=POSTERIOR, sha="5eed", **config):
+def finished(directory, methods, budget=BUDGET, posterior=POSTERIOR, sha="5eed", told=(), **config):
     """A run with methods {name: (log_reward, diversity)}, each with three images of one colour."""
     (directory / "rows").mkdir(parents=True)
     config = {**CONFIG, "settings": {**budget, "posterior": posterior}, **config}
@@ -63,6 +63,7 @@ def finished(directory, methods, budget=BUDGET, posterior=POSTERIOR, sha="5eed",
         images = torch.full((3, 3, 4, 4), 60 * index, dtype=torch.uint8)
         save_file({"images": images}, directory / "rows" / f"{name}.safetensors")
     results = {"methods": rows, "target": "x", "classes": ["one", "two"], "prior_sha256": sha}
+    results |= dict(told)
     for name, content in (("config", config), ("manifest", {"commit": "c"}), ("results", results)):
         (directory / f"{name}.json").write_text(json.dumps(content))
     return directory
@@ -97,6 +98,20 @@ def test_means_over_seeds_by_hand():
     assert mean["calls"] == 40 and isinstance(mean["calls"], int)
     assert mean["ess"] is mean["shares"] is mean["prompts"] is None
     assert mean_over_seeds(rows[:1]) == rows[0] and rows == before
+
+
+def test_a_beta_for_each_number_of_a_latent_is_another_table(tmp_path):
+    """And an old run that doesn't say how many numbers there are is refused."""
+    each = {**POSTERIOR, "per_dimension": True}
+    runs = [
+        finished(tmp_path / "a", {"rtb": (-1.0, 0.4)}),
+        finished(tmp_path / "b", {"rtb": (-0.1, 0.2)}, posterior=each, told={"beta": 256.0}),
+    ]
+    _, groups = joined(runs)
+    assert list(groups["shapes, clip:judge"]) == [1.0, 256.0]
+    runs[1] = finished(tmp_path / "c", {"rtb": (-0.1, 0.2)}, posterior=each)
+    with pytest.raises(InputError, match="give its command again"):
+        joined(runs)
 
 
 def test_runs_become_one_table_a_beta(tmp_path):

@@ -307,6 +307,9 @@ def test_baselines_spend_what_trajectory_balance_spent(shapes, tmp_path, monkeyp
         (dict(prompts=("a circle",)), r"has prompts \['a shape'\], and \['a circle'\] is asked"),
         (dict(share=None, beta=-1.0), "beta is -1.0; give a positive number"),
         (dict(beta=3.0), "has beta 1.0, and 3.0 is asked for here.*--against"),
+        (dict(negative="ugly"), "has negative , and ugly is asked for here.*--against"),
+        (dict(size=32), "has size None, and 32 is asked for here.*--against"),
+        (dict(guidance=9.0), "has guidance 2.0, and 9.0 is asked for here.*--against"),
         (dict(prior="folder", prompts=("a",), reward="compressible"), "has prior shapes, and fold"),
     ],
 )
@@ -314,6 +317,17 @@ def test_bad_input_of_the_baselines(given, words, shapes, tmp_path):
     with pytest.raises(InputError, match=words):
         run(tmp_path / "out", text_to_image_baselines, **{"share": shapes, **given})
     assert not (tmp_path / "out").exists()
+
+
+def test_a_beta_for_each_number_of_a_latent_is_not_that_of_the_baselines(shapes, tmp_path):
+    against = tmp_path / "against"
+    against.mkdir()
+    for name, told in (("config", {}), ("results", {"beta": 256.0})):
+        content = json.loads((shapes / f"{name}.json").read_text()) | told
+        (against / f"{name}.json").write_text(json.dumps(content))
+    assert json.loads((shapes / "results.json").read_text())["beta"] == 1.0
+    with pytest.raises(InputError, match=r"has beta 256.0, and 1.0 is asked for here.*--against"):
+        run(tmp_path / "out", text_to_image_baselines, share=shapes, against=against)
 
 
 def test_baselines_refuse_to_train_in_several_processes(shapes, tmp_path, monkeypatch):

@@ -131,7 +131,7 @@ class TextToImageJob:
         print_table(escape(title), rows)
         replace_file(self.run.directory / "table.md", markdown(rows).encode())
         prior = {"prior_sha256": fingerprint(self.prior.pipeline.unet)}
-        target = {"target": self.target.name, "classes": self.classes}
+        target = {"target": self.target.name, "beta": self.beta, "classes": self.classes}
         self._rows.finish({"methods": rows, **target, **prior})
 
     @property

@@ -58,7 +58,7 @@ def rows_of(directory: Path) -> list[Found]:
         "prior": Path(config["prior"]).name,
         "prior_sha256": results.get("prior_sha256"),
         "reward": kind + colon + Path(source).name if colon else kind,
-        "beta": float(config["beta"]),
+        "beta": beta_of(directory),
         "seed": config["seed"],
         "guidance": budget["guidance"],
         "levels": budget["levels"],
@@ -71,6 +71,21 @@ def rows_of(directory: Path) -> list[Found]:
     choices = dict(_flat({**given, "posterior": budget["posterior"]}))
     rows = results["methods"].values()
     return [Found(directory, {**shared, **row}, task, choices) for row in rows]
+
+
+def beta_of(directory: Path) -> float:
+    """The beta of the target p r^beta of a finished run, whatever it was counted for: see
+    `nominal_beta`. InputError where an old run doesn't say.
+    """
+    config, results = _read(directory, "config"), _read(directory, "results")
+    if "beta" in results:
+        return float(results["beta"])
+    if config["settings"]["posterior"].get("per_dimension"):
+        raise InputError(
+            f"{directory} counts beta for each number of a latent and does not say how many there"
+            " are; give its command again, which only writes its results anew"
+        )
+    return float(config["beta"])
 
 
 def groups_of(found: Sequence[Found]) -> Groups:
