@@ -121,6 +121,12 @@ def test_nothing_is_started_where_the_grid_or_the_data_are_bad(make_grid, tmp_pa
         run(grid, tmp_path / "out", workers=0)
 
 
+def test_a_name_that_the_grid_lacks_is_refused_before_anything_is_written(make_grid, tmp_path):
+    with pytest.raises(InputError, match="typo"):
+        run(make_grid(), tmp_path / "out", only=("typo",))
+    assert not (tmp_path / "out" / "grid.json").exists()
+
+
 def test_results_that_give_no_row_are_a_failure_of_their_cell(make_grid, tmp_path):
     grid, out = make_grid(seeds=[0, 1]), tmp_path / "out"
     results = out / "cells" / "a" / COUNTING / "seed0" / "results.json"
