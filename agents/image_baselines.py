@@ -73,6 +73,8 @@ def fit(job: ImageJob, method: Baseline, calls: float) -> ImagePosterior:
 def calls_of_rtb(settings: Settings) -> Spent:
     """Network calls that trajectory balance spent."""
     check_beta(settings.beta)
+    if settings.calls is not None:
+        check_beta(settings.calls, "calls")
     run = settings.against or settings.share
     if run is None or settings.share is None:
         raise InputError("baselines stand on a run of rtb_image; name its directory with --share")

@@ -94,6 +94,8 @@ def fit(job: TextToImageJob, method: Baseline, calls: float) -> TextToImagePoste
 def calls_of_rtb(settings: Settings) -> Spent:
     """Network calls that trajectory balance spent."""
     check_beta(settings.beta)
+    if settings.calls is not None:
+        check_beta(settings.calls, "calls")
     run = settings.against or settings.share
     if run is None or settings.share is None:
         raise InputError(
@@ -159,7 +161,8 @@ def main(settings: Settings) -> None:
     if Accelerator().num_processes > 1:
         raise InputError("the baselines train in one process; start them without a launcher")
     spent = calls_of_rtb(settings)
-    rank: dict[str, Any] = {"lora_rank": settings.lora_rank} if settings.lora_rank else {}
+    asked = settings.lora_rank is not None
+    rank: dict[str, Any] = {"lora_rank": settings.lora_rank} if asked else {}
     check_methods(settings)
     job = open_text_to_image_job(settings, program="text_to_image_baselines", **rank)
     differentiable = job.measure.log_reward.differentiable

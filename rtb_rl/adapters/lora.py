@@ -99,6 +99,8 @@ def add_lora(
     Whatever else holds this network sees the posterior from now on, and the prior through LoraViews
     only. `alpha` is the rank unless given. Raises InputError where a target is not in the network.
     """
+    if rank < 1:
+        raise InputError(f"adapters of rank {rank} hold nothing; give a rank of 1 or more")
     if missing := [target for target in targets if not _has(unet, target)]:
         raise InputError(
             f"no module of this {type(unet).__name__} is named {' or '.join(missing)}"

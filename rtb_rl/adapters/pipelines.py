@@ -88,7 +88,8 @@ def open_pipeline(
     diffusion = diffusion_from_scheduler(scheduler, shape, levels=levels, last_std=last_std)
     grid = scheduler_grid(scheduler, levels)
     denoiser = denoiser_from_unet(unet, scheduler, grid, precision=precision)
-    return PipelinePrior(diffusion, denoiser, pipeline, precision)
+    device = unet.device
+    return PipelinePrior(diffusion.to(device), denoiser.to(device), pipeline, precision)
 
 
 def save_pipeline(

@@ -1,5 +1,6 @@
 """Which text-to-image pipelines can be priors, and why others can't."""
 
+import math
 import warnings
 
 from rtb_rl.adapters.extras import extra
@@ -32,7 +33,7 @@ def check_pipeline(pipeline: TextToImagePipeline, guidance: float) -> None:
             f"{error}; or load the pipeline with load_text_to_image(source, ancestral=True), which"
             " is --ancestral on the command line"
         ) from error
-    if guidance < 1:
+    if not 1 <= guidance < math.inf:
         raise InputError(
             f"guidance must be 1 (none) or more, not {guidance}: diffusers turns it off below"
         )

@@ -244,3 +244,11 @@ def test_half_precision_inside_only() -> None:
     assert prediction.dtype == torch.float32 and path.x.dtype == torch.float32
     assert 0 < (prediction - reference).abs().max() < 0.1 * reference.abs().max()
     assert (log_ratio(half.diffusion, half.denoiser, half.denoiser, path) == 0).all()
+
+
+def test_the_chain_is_where_the_network_is():
+    """A device that is not the CPU, as a GPU is."""
+    unet = new_unet().to("meta")
+    prior = open_pipeline(DDPMPipeline(unet, DDPMScheduler(clip_sample=False)), levels=5)
+    assert prior.diffusion.signal.device.type == "meta"
+    assert {one.device.type for one in prior.denoiser.buffers()} == {"meta"}

@@ -313,6 +313,9 @@ BAD = {
         lambda folder: dict(share=folder),
         "no finished run.*classifier, judge, reference, prior not complete; finish it first",
     ),
+    "rank": (lambda folder: dict(lora_rank=-3), "adapters of rank -3 hold nothing"),
+    "draws": (lambda folder: dict(draws=-5), "-5 draws can't be compared; give 2 or more"),
+    "unclipped": (lambda folder: dict(unclipped=True), "--unclipped is of a pipeline given"),
     "adapters": (lambda folder: dict(target="each", lora_rank=2), "leave lora_rank out"),
 }
 
@@ -341,6 +344,7 @@ def test_a_shared_run_of_other_data_is_refused(even, tmp_path):
         ({}, "name its directory with --share"),
         ({"share": Path("nowhere")}, "holds no finished run of rtb_image; finish it first"),
         ({"beta": -1.0}, "beta is -1.0; give a positive number"),
+        ({"calls": 0.0}, "calls is 0.0; give a positive number"),
         ({"methods": ("DPO",)}, "there is no method 'DPO' for this target; there are 'best of N'"),
         ({"methods": ("DPS as published",), "target": "each"}, "no method 'DPS as published'"),
     ],

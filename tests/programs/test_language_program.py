@@ -354,6 +354,14 @@ BAD: dict[str, tuple[Any, Any, str]] = {
     "method": (lambda at: {"methods": ("PPO",)}, InputError, "no method 'PPO'; there are import"),
     "beta 0": (lambda at: {"beta": 0.0}, InputError, "beta is 0.0; give a positive number"),
     "beta < 0": (lambda at: {"beta": -1.0}, InputError, "beta is -1.0; give a positive number"),
+    "mask": (lambda at: {"mask": 3}, InputError, "mask is given without prior"),
+    "tokenizer": (lambda at: {"tokenizer": "gpt2"}, InputError, "tokenizer is given without prior"),
+    "targets": (lambda at: {"lora_targets": ("q",)}, InputError, "is given without lora_rank"),
+    "unread model": (
+        lambda at: {"reward": "contains:dog", "reward_model": str(at)},
+        InputError,
+        "reward_model is given without reward story",
+    ),
     "levels": (lambda at: {"levels": 0}, InputError, "levels is 0; give 1 or more"),
     "rank": (lambda at: {"lora_rank": 0}, InputError, "lora_rank is 0; give 1 or more"),
     "window": (

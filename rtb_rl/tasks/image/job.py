@@ -98,7 +98,15 @@ def _label(word: str, data: ImageDataset) -> int:
 
 
 def _budget(settings: ImageSettings, data: ImageDataset, posterior: Mapping[str, Any]) -> Budget:
-    """The budget of that name with what was asked for otherwise."""
+    """The budget of that name with what was asked for otherwise. InputError for what can't be."""
+    if settings.draws is not None and settings.draws < 2:
+        raise InputError(f"{settings.draws} draws can't be compared; give 2 or more")
+    if settings.unclipped and settings.prior is None:
+        raise InputError(
+            "--unclipped is of a pipeline given as --prior, and none is; leave it out or give one"
+        )
+    if (rank := posterior.get("lora_rank")) is not None and rank < 1:
+        raise InputError(f"adapters of rank {rank} hold nothing; give a rank of 1 or more")
     budget = budget_for(settings.budget, data)
     if settings.levels is not None:
         budget = replace(budget, prior=replace(budget.prior, levels=settings.levels))

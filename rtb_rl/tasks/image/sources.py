@@ -71,8 +71,21 @@ def _stacked(pictures: Sequence[Image.Image], names: Sequence[str]) -> np.ndarra
                 f"{name} is {picture.width}x{picture.height} pixels, {names[0]}"
                 f" {pictures[0].width}x{pictures[0].height}; resize them to one size"
             )
+    pictures = [_of_bytes(picture, name) for picture, name in zip(pictures, names, strict=True)]
     mode = "L" if all(picture.mode in {"1", "L"} for picture in pictures) else "RGB"
     return np.stack([np.asarray(picture.convert(mode)) for picture in pictures])
+
+
+def _of_bytes(picture: Image.Image, name: str) -> Image.Image:
+    """A grey picture of two bytes a pixel as one of a byte, which `convert` would make white."""
+    if picture.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
+    if picture.mode in {"I", "F"}:
+        raise InputError(
+            f"{name} has pixels of mode {picture.mode}, whose white is not known; save it with one"
+            " or two bytes a pixel"
+        )
+    return picture
 
 
 def _is_idx(file: Path) -> bool:
@@ -126,6 +139,15 @@ def _from_npz(path: Path) -> Arrays:
         raise InputError(
             f"{path} is no whole npz file of numbers ({error}); save it again"
         ) from None
+    if (
+        labels.ndim != 1
+        or labels.dtype.kind not in "biuf"
+        or not np.array_equal(labels, labels // 1)
+    ):
+        raise InputError(
+            f"{path} has labels {labels.dtype} {labels.shape}; give one whole number an image, as"
+            " int64 [n], and names in 'label_names'"
+        )
     return images, labels, None if names is None else tuple(str(name) for name in names)
 
 

@@ -26,7 +26,7 @@ from rtb_rl.tasks.language.rewards import (
     TextReward,
     WordCount,
 )
-from rtb_rl.tasks.language.settings import TextBudget, TextSettings, text_budget
+from rtb_rl.tasks.language.settings import TextBudget, TextSettings, check_used, text_budget
 from rtb_rl.tasks.language.texts import Story, load_texts, split
 from rtb_rl.training.run import Run
 from rtb_rl.training.settings import check_beta
@@ -124,6 +124,7 @@ def _budget(settings: TextSettings) -> TextBudget:
         if value is not None and value < least:
             raise InputError(f"{name} is {value}; give {least} or more")
     check_beta(settings.beta)
+    check_used(settings)
     budget = text_budget(settings.budget)
     prior = replace(budget.prior, ends=settings.ends)
     if settings.levels is not None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from rtb_rl.errors import InputError
 from rtb_rl.tasks.language.language_model_training import LanguageModelSettings
 from rtb_rl.tasks.language.prior import TextPriorSettings
 from rtb_rl.tasks.language.trainers import TextPosteriorSettings
@@ -149,3 +150,18 @@ def _smoke() -> TextBudget:
         draws=4,
         paths=4,
     )
+
+
+def check_used(settings: TextSettings) -> None:
+    """InputError for an option that nothing here would read."""
+    of_story = settings.reward == "story"
+    for name, needed, there in (
+        ("mask", "prior", settings.prior is not None),
+        ("tokenizer", "prior", settings.prior is not None),
+        ("lora_targets", "lora_rank", settings.lora_rank is not None),
+        ("reward_model", "reward story", of_story),
+    ):
+        if getattr(settings, name) is not None and not there:
+            raise InputError(
+                f"{name} is given without {needed}, and read with it alone; leave it out"
+            )

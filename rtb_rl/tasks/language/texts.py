@@ -158,7 +158,10 @@ def _story(record: Any) -> Story:
     if not isinstance(record, dict):
         raise TypeError(f"a {type(record).__name__}, not an object")
     if "obs1" in record:
-        sentences = [record["obs1"], record["middles"][0], record["obs2"]]
+        middles = record["middles"]
+        if not isinstance(middles, list):
+            raise TypeError(f"middles are a {type(middles).__name__}, not a list")
+        sentences = [record["obs1"], middles[0], record["obs2"]]
     elif record.get("sentences") is None:
         return sentences_of(_string(record["text"]))
     else:

@@ -22,6 +22,7 @@ from rtb_rl.errors import InputError
 from rtb_rl.tasks.text_to_image.comparison import TextToImageJob
 from rtb_rl.tasks.text_to_image.evaluation import Measure, Reference, pixel_fields
 from rtb_rl.tasks.text_to_image.named_rewards import named_reward
+from rtb_rl.tasks.text_to_image.posterior import check_start
 from rtb_rl.tasks.text_to_image.prompt_lists import PromptList, prompt_list, read_prompts
 from rtb_rl.tasks.text_to_image.reference import PriorDraws, prior_draws
 from rtb_rl.tasks.text_to_image.settings import (
@@ -123,15 +124,20 @@ def reward_of(settings: TextToImageSettings) -> str:
 
 
 def _budget(settings: TextToImageSettings, posterior: dict[str, Any]) -> Budget:
-    """The budget of that name with what was asked for otherwise. InputError for too few draws."""
+    """The budget of that name with what was asked for otherwise. InputError for what can't be."""
     if settings.draws is not None and settings.draws < 2:
         raise InputError(f"{settings.draws} draws can't be compared; give 2 or more")
+    if settings.ancestral and settings.prior == SHAPES:
+        raise InputError("shapes are sampled with densities already; leave --ancestral out")
+    if (rank := posterior.get("lora_rank")) is not None and rank < 1:
+        raise InputError(f"adapters of rank {rank} hold nothing; give a rank of 1 or more")
     budget = budget_for(settings.budget, settings.prior)
     asked = {name: getattr(settings, name) for name in ("levels", "guidance", "draws")}
     changed = {name: value for name, value in asked.items() if value is not None}
     finetune = replace(budget.posterior.finetune, beta=settings.beta)
     finetune = replace(finetune, **posterior.pop("finetune", {}))
     tuned = replace(budget.posterior, finetune=finetune, **posterior)
+    check_start(tuned)
     return replace(budget, posterior=tuned, **changed)
 
 

@@ -68,11 +68,7 @@ def text_to_image_task(
     InputError for settings that exclude each other.
     """
     unet: Any = prior.pipeline.unet
-    if settings.start is not None and settings.learned_start:
-        raise InputError(
-            "a start from draws of the prior and a learned law of the first noise don't go"
-            " together; leave one out"
-        )
+    check_start(settings)
     if settings.lora_rank is None:
         trained = copy.deepcopy(unet).float().requires_grad_(True)
     else:
@@ -92,6 +88,15 @@ def text_to_image_task(
         after = PriorInLastSteps(after, before)
     log_reward, draw = target.log_reward(prior), DrawPrompts(len(target.prompts))
     return Task(target.name, diffusion, before, after, log_reward, draw), trained
+
+
+def check_start(settings: TextToImagePosteriorSettings) -> None:
+    """InputError for two starts, as shapes would have with a learned one."""
+    if settings.start is not None and settings.learned_start:
+        raise InputError(
+            "a start from draws of the prior and a learned law of the first noise don't go"
+            " together; leave one out"
+        )
 
 
 def fit_text_to_image(

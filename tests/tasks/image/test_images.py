@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from rtb_rl.errors import InputError
+from rtb_rl.tasks.image import sources
 from rtb_rl.tasks.image.images import ImageDataset, load_images, to_images, to_model_space
 
 NAMES = ("zero", "one", "two")
@@ -108,6 +109,20 @@ def test_a_folder_of_pictures_has_a_class_for_each_sub_folder(tmp_path, pixels):
     assert np.array_equal((read.images * 255).round().numpy()[:, 0], pixels[[2, 0, 1]])
     Image.fromarray(np.stack([pixels[3]] * 3, -1)).save(tmp_path / "cat" / "3.png")
     assert load_images(tmp_path).shape == (3, 6, 5)
+
+
+def test_pictures_of_two_bytes_a_pixel_are_not_made_white(tmp_path):
+    grey = np.arange(9, dtype=np.uint16).reshape(3, 3) * 8000
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(grey).save(tmp_path / name / "0.png")
+    found = load_images(tmp_path).images[0, 0]
+    torch.testing.assert_close(found, torch.from_numpy(grey / 65535).float(), atol=2e-3, rtol=0)
+
+
+def test_pictures_whose_white_is_not_known_are_refused():
+    with pytest.raises(InputError, match="x has pixels of mode I,"):
+        sources._stacked([Image.new("I", (2, 2))], ["x"])
 
 
 def test_a_split_depends_on_the_images_and_not_on_their_order(dataset):
@@ -212,6 +227,10 @@ def test_files_that_are_not_images_are_refused(tmp_path, pixels, labels):
         ({"images": np.zeros((2, 3, 3), np.int64), "labels": [0, 1]}, "are int64"),
         ({"images": np.zeros((2, 3)), "labels": [0, 1]}, r"\(2, 3\)"),
         ({"images": np.array([None, 1]), "labels": [0, 1]}, "no whole npz file of numbers"),
+        ({"images": np.zeros((2, 3, 3)), "labels": ["a", "b"]}, "one whole number an image"),
+        ({"images": np.zeros((2, 3, 3)), "labels": 3}, "one whole number an image"),
+        ({"images": np.zeros((2, 3, 3)), "labels": [0.5, 1.9]}, "one whole number an image"),
+        ({"images": np.zeros((2, 3, 3)), "labels": [np.nan, 1]}, "one whole number an image"),
     ],
 )
 def test_npz_files_that_do_not_fit_are_refused(tmp_path, arrays, said):

@@ -90,6 +90,7 @@ def test_a_separator_inside_a_json_string_does_not_end_the_line(tmp_path):
         ({"sentences": FIVE[:4], "endings": ["A.", "B."], "right": -1}, "-1 of 2"),
         ({"sentences": FIVE[:4], "endings": ["A.", "B."]}, "'right'"),
         ({"obs1": "A.", "obs2": "B.", "middles": []}, "out of range"),
+        ({"obs1": "A.", "obs2": "B.", "middles": "He ran."}, "middles are a str"),
     ],
 )
 def test_a_bad_record_is_named_by_its_line(tmp_path, record, says):
