@@ -106,12 +106,14 @@ def _recorded(columns: Mapping[str, np.ndarray], ends: np.ndarray) -> np.ndarray
     observations up, and say nothing about the ends; the last row's then is the first observation.
     """
     given = columns["next_observations"]
-    shifted = (given == np.roll(columns["observations"], -1, axis=0)).all(1)
+    observations = columns["observations"]
+    moved = (given != observations).any(1)  # where nothing moves, every shift is right
+    shifted = (given == np.roll(observations, -1, axis=0)).all(1)
     last = np.arange(len(ends)) == len(ends) - 1
     cut = ends & ~columns["terminals"]
     inner = cut & ~last
-    made = bool(inner.any() and shifted[inner].all())
-    return ~((inner & made) | (last & shifted & ~columns["terminals"]))
+    made = bool(moved[inner].any() and shifted[inner].all())
+    return ~((inner & made) | (last & moved & shifted & ~columns["terminals"]))
 
 
 def _numbers(values: Any, key: str) -> np.ndarray:
