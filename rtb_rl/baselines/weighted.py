@@ -5,7 +5,7 @@ from torch import Generator
 
 from rtb_rl.baselines.draws import Draws
 from rtb_rl.baselines.selection import ImportanceReference
-from rtb_rl.core import conditions, log_weight, rollout_against
+from rtb_rl.core import conditions, log_weight, rollout_against, steps_of_prior
 from rtb_rl.core.protocols import Condition
 from rtb_rl.training.scoring import score
 from rtb_rl.training.task import Task
@@ -51,12 +51,13 @@ def posterior_by_weight(
     generator: Generator,
 ) -> Draws:
     """`n` of `paths` draws of the posterior (None: four times as many), kept by their weights: as
-    `paths` grows the exact posterior, whatever the training left. 2 K paths / n calls a draw.
+    `paths` grows the exact posterior, whatever the training left. 2 K paths / n calls a draw; steps
+    that are the prior's need one where others need two.
     """
     paths = PATHS_PER_DRAW * n if paths is None else paths
     given = {"beta": beta, "batch": batch, "generator": generator}
     weighted = weighted_paths(task, condition, paths, **given)
     x0, source = weighted.resample_with_source(n, generator=generator)
     x0, source = (x0[0], source[0]) if condition is None else (x0, source)
-    calls = 2 * task.diffusion.levels * paths / n
+    calls = (2 * task.diffusion.levels - steps_of_prior(task.posterior)) * paths / n
     return Draws(x0, calls, weighted.log_z, weighted.ess, source)

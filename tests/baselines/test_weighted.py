@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from rtb_rl.baselines.weighted import posterior_by_weight, weighted_paths
-from rtb_rl.core import GaussianDiffusion, Schedule
+from rtb_rl.core import GaussianDiffusion, PriorInLastSteps, Schedule
 from rtb_rl.training.task import Task
 
 SCHEDULE = Schedule(torch.tensor([1.0, 0.0], dtype=torch.float64))
@@ -70,3 +70,12 @@ def test_weights_are_those_of_the_ends_and_their_densities(batch):
     x = found.x0[0, :, 0]
     expected = BETA * TILT * x + ((x - MEAN).square() - x.square()) / 2
     torch.testing.assert_close(found.log_weight[0], expected)
+
+
+def test_steps_that_are_the_prior_s_are_paid_for_once():
+    prior = Constant(0.0)
+    posterior = PriorInLastSteps(Constant(MEAN), prior)
+    task = Task("tilted", ONE_STEP, prior, posterior, tilted)
+    for steps, calls in ((0, 8.0), (1, 4.0)):
+        posterior.steps.fill_(steps)
+        assert posterior_by_weight(task, None, 10, generator=seeded()).calls == calls

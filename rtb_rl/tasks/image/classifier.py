@@ -153,26 +153,6 @@ def load_classifier(directory: str | Path) -> ConvClassifier:
     return classifier.requires_grad_(False).eval()
 
 
-def check_classifier(classifier: Classifier, shape: tuple[int, int, int], classes: int) -> None:
-    """InputError unless the classifier takes images of this shape and tells these classes apart."""
-    wanted = f"images of shape {tuple(shape)} and {classes} classes are needed"
-    try:
-        with torch.no_grad():
-            logits = classifier(torch.full((2, *shape), 0.5, device=_device_of(classifier)))
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"the classifier fails on images of shape {tuple(shape)} ({reason}); {wanted}, give"
-            " one that was trained on such"
-        ) from error
-    if not isinstance(logits, Tensor) or logits.shape != (2, classes):
-        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise InputError(
-            f"the classifier returned {found} for 2 images, not logits {(2, classes)}; {wanted},"
-            " give one that was trained on such"
-        )
-
-
 @torch.no_grad()
 def logits_of(classifier: Classifier, images: Tensor) -> Tensor:
     """Logits of many images, a batch at a time: [n, classes]."""
@@ -226,9 +206,3 @@ def _new_classifier(config: Mapping[str, Any]) -> ConvClassifier:
         width=config["classifier"]["width"],
         generator=generator_for(config["seed"], "classifier", "initial"),
     )
-
-
-def _device_of(classifier: Classifier) -> torch.device:
-    tensors = classifier.parameters() if isinstance(classifier, torch.nn.Module) else iter(())
-    first = next(tensors, None)
-    return first.device if first is not None else torch.device("cpu")

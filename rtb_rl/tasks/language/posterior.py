@@ -30,7 +30,6 @@ from rtb_rl.training.stage import complete, fingerprint
 from rtb_rl.training.task import Task
 
 SHOWN = 4  # gaps whose infills are logged as text
-LORA_TARGETS = ("query_key_value", "attended")
 
 
 @dataclass(frozen=True)

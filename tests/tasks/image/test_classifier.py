@@ -12,7 +12,6 @@ from rtb_rl.tasks.image import classifier as classifiers
 from rtb_rl.tasks.image.classifier import (
     ClassifierSettings,
     calibrated_temperature,
-    check_classifier,
     fit_classifier,
     load_classifier,
     quality,
@@ -134,24 +133,3 @@ def test_shifted_images_are_the_shifts_and_all_as_often():
     assert sum(counts) == 9000
     assert sum((count - 1000) ** 2 for count in counts) / 1000 < 27  # chi^2, 8 degrees: p = 0.0007
     assert shifted(image, 0, generator=generator()).equal(image)
-
-
-def test_foreign_classifiers_are_functions_of_images():
-    check_classifier(lambda images: images.flatten(1)[:, :4], (1, 8, 8), 4)
-    check_classifier(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), (1, 8, 8), 3)
-    check_classifier(new_classifier(), (1, 8, 8), 10)
-
-
-@pytest.mark.parametrize(
-    ("classifier", "said"),
-    [
-        (new_classifier((1, 28, 28)), r"fails on images of shape \(1, 8, 8\)"),
-        (new_classifier((3, 8, 8)), r"fails on images of shape \(1, 8, 8\)"),
-        (new_classifier(classes=5), r"returned \(2, 5\) for 2 images, not logits \(2, 10\)"),
-        (lambda images: images.sum(), r"returned \(\) for 2 images"),
-        (lambda images: [1, 2], "returned list for 2 images"),
-    ],
-)
-def test_a_classifier_of_another_size_is_refused(classifier, said):
-    with pytest.raises(InputError, match=f"{said}.*10 classes are needed"):
-        check_classifier(classifier, (1, 8, 8), 10)
