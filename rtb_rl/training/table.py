@@ -25,19 +25,21 @@ def mean_over_seeds(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The mean of every number over rows that differ by their seed alone, with its standard error.
 
     NAME_error becomes the standard deviation of NAME over the seeds by the root of their number,
-    which says more than the errors of the draws; but errors of what begins with "reference_" are
-    averaged, since all seeds have one reference. Rows without a number (None) don't count; without
-    two that do there is no error. What is no number in the first row becomes None. A single row is
-    returned as it is.
+    which says more than the errors of the draws, and stands where draws can give none; but errors
+    of what begins with "reference_" are averaged, since all seeds have one reference. Rows without
+    a number (None) don't count; without two that do there is no error. What is no number in the
+    first row becomes None. A single row is returned as it is.
     """
     if len(rows) == 1:
         return dict(rows[0])
     found: dict[str, Any] = dict.fromkeys(rows[0])
-    for name in (name for name, value in rows[0].items() if isinstance(value, int | float)):
+    for name in rows[0]:
         mean_of = name.removesuffix("_error")
         of_seeds = mean_of != name and mean_of in rows[0] and not name.startswith("reference_")
-        values = [row[mean_of if of_seeds else name] for row in rows]
-        values = [value for value in values if value is not None]
+        taken = mean_of if of_seeds else name
+        if not isinstance(rows[0][taken], int | float):
+            continue
+        values = [row[taken] for row in rows if row[taken] is not None]
         if not of_seeds:
             same = all(value == values[0] for value in values)  # a count stays a whole number
             found[name] = values[0] if same else statistics.fmean(values)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rtb_rl.training.table import cells, markdown, print_table, slug
+from rtb_rl.training.table import cells, markdown, mean_over_seeds, print_table, slug
 
 COLUMNS = {"E[x]": ("x", "x_error"), "count": ("count", None), "y": ("y", "y_error")}
 
@@ -43,3 +43,10 @@ def test_the_console_shows_the_same_cells(capsys):
 def test_names_of_files():
     assert slug("DPOK, KL weight 1/beta") == "DPOK_KL_weight_1_beta"
     assert slug("best of N") == "best_of_N"
+
+
+def test_seeds_have_an_error_where_the_draws_of_one_have_none():
+    rows = [{"tv": value, "tv_error": None, "reference_tv_error": None} for value in (0.1, 0.3)]
+    found = mean_over_seeds(rows)
+    assert found["tv"] == pytest.approx(0.2) and found["tv_error"] == pytest.approx(0.1)
+    assert found["reference_tv_error"] is None
