@@ -87,14 +87,14 @@ def budget_for(name: BudgetName, prior: str) -> Budget:
 def _shapes() -> Budget:
     """For 16 x 16 pixels on one core."""
     finetune = FinetuneSettings(
-        updates=30,
+        updates=60,
         beta_warmup=1,
         conditions=64,
         mix=Mix(on_policy=1, data=0),
         draw_batch=500,
         levels_per_path=10,
         chunk=128,
-        learning_rate=4e-5,
+        learning_rate=1e-5,
         last_learning_rate=0.03,
         log_z_learning_rate=0.1,
         average_decay=0.97,
