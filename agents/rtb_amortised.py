@@ -47,25 +47,29 @@ def main(settings: Settings) -> None:
     )
     prior, critic = job.prior(), job.critic()
     if settings.kl is not None:
-        own = job.amortised_settings(low=settings.low, high=settings.high or STRONGEST)
+        own = job.amortised_settings(low=settings.low, high=strongest(settings))
         model = job.amortised(prior, critic, own)
         job.acting_strength(prior, model, critic, own, settings.kl)
     else:
         beta = job.posterior_settings(prior, critic).finetune.beta
-        high = settings.high or max(STRONGEST, beta)
-        own = job.amortised_settings(low=settings.low, high=high)
+        own = job.amortised_settings(low=settings.low, high=strongest(settings, beta))
         job.amortised(prior, critic, own, beta)
     job.finish(["prior", "rtb_amortised"], trained="amortised", critic=critic)
 
 
 def strengths(settings: Settings, budget: Budget) -> AmortisedSettings:
     """The range, as far as it is known before the critic; InputError for a beta outside of it."""
-    beta = budget.posterior.finetune.beta
     if settings.kl is not None or settings.ess is not None:  # found when the critic is there
-        return AmortisedSettings(low=settings.low, high=settings.high or STRONGEST)
-    own = AmortisedSettings(low=settings.low, high=settings.high or max(STRONGEST, beta))
+        return AmortisedSettings(low=settings.low, high=strongest(settings))
+    beta = budget.posterior.finetune.beta
+    own = AmortisedSettings(low=settings.low, high=strongest(settings, beta))
     check_acting(beta, own)
     return own
+
+
+def strongest(settings: Settings, beta: float = 0.0) -> float:
+    """The strongest beta trained for, of a run that acts at `beta` if that is known."""
+    return max(STRONGEST, beta) if settings.high is None else settings.high
 
 
 if __name__ == "__main__":

@@ -142,13 +142,14 @@ def exponential_race(log_probs: Tensor, *, generator: Generator) -> Tensor:
     number in float32 is a multiple of 6e-8, so that rarer tokens would be drawn too often or never.
     ValueError for NaN, which would be drawn as token 0.
     """
-    if bool(log_probs.isnan().any()):
-        raise ValueError("the denoiser returned NaN for the log-probabilities of tokens")
     uniform = torch.rand(
         log_probs.shape, generator=generator, device=log_probs.device, dtype=torch.float64
     )
     arrival = uniform.clamp_(min=2.0**-54).neg_().log1p_().neg_()  # never 0, whose log is -inf
-    return (log_probs - arrival.log_()).argmax(-1)
+    drawn = (log_probs - arrival.log_()).argmax(-1)
+    if bool(log_probs.gather(-1, drawn.unsqueeze(-1)).isnan().any()):  # NaN is argmax's largest
+        raise ValueError("the denoiser returned NaN for the log-probabilities of tokens")
+    return drawn
 
 
 def _at_least_float32(*tensors: Tensor) -> list[Tensor]:

@@ -54,7 +54,8 @@ def load_weights(directory: Path, module: Stateful, *, name: str = WEIGHTS) -> N
     path = directory / name
     try:
         data = path.read_bytes()
-        if name == WEIGHTS and hashlib.sha256(data).hexdigest() != _kept_digest(directory, data):
+        known = _kept_digest(directory) if name == WEIGHTS else None
+        if known not in (None, hashlib.sha256(data).hexdigest()):
             raise ValueError("it doesn't match its digest in results.json")
         module.load_state_dict(load(data))
     except Exception as error:
@@ -64,11 +65,10 @@ def load_weights(directory: Path, module: Stateful, *, name: str = WEIGHTS) -> N
         ) from error
 
 
-def _kept_digest(directory: Path, data: bytes) -> str:
-    """What results.json says; of the data themselves where it says nothing."""
+def _kept_digest(directory: Path) -> str | None:
+    """That of the weights in results.json; None where it says nothing."""
     path = directory / "results.json"
-    kept = json.loads(path.read_bytes()) if path.exists() else {}
-    return kept.get("sha256") or hashlib.sha256(data).hexdigest()
+    return json.loads(path.read_bytes()).get("sha256") if path.exists() else None
 
 
 def fingerprint(part: object) -> str:

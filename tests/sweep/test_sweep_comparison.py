@@ -73,8 +73,11 @@ def test_runs_that_are_no_repetitions_are_refused(changed, key):
 
 
 def test_rows_with_and_without_a_recorded_beta_are_of_one_agent():
-    """Those of qgpo were written without it."""
-    Comparison((row("qgpo", seed=0, beta=None), row("qgpo", seed=1, beta=3.0)))
+    """Those of qgpo were written without it; two that are recorded must still agree."""
+    rows = row("qgpo", seed=0, beta=None), row("qgpo", seed=1, beta=3.0)
+    assert run_table(Comparison(rows)).rows[0][6].text == "3"
+    with pytest.raises(InputError, match="runs differ in beta"):
+        Comparison((*rows, row("qgpo", seed=2, beta=4.0)))
 
 
 @pytest.mark.parametrize("rule", [{"kl": 0.5}, {"ess": 0.3}])
