@@ -6,10 +6,11 @@ the prior's, and any b that depends on x_k alone it is also
     D(x_k) + E[(w - b) (x_0 - D) | x_k] / E[w | x_k]
 
 since E[x_0 - D | x_k] = 0. As b = r(D(x_k))^beta / Z takes what x_k already says of the reward out
-of the noise, levels at which it says all are left where they are. What remains of it at a level is
-proportional to E|x_0 - D|^2, by which the loss of that level is divided: the weights of levels move
-no minimiser, and by the divergence of paths (weights 1 / s^2) nearly all noise would come from the
-last few levels, where nothing is to be learned.
+of the noise, levels at which it says all are left where they are. The weights of levels move no
+minimiser. By the divergence of paths, c^2 / (2 s^2) a squared error (c: what x_0 counts in a step,
+s: its spread), nearly all noise would come from the last few levels, where little is to be learned;
+by 1 / n, n = E|x_0 - D|^2, to which the noise is proportional, half of it would come from the first
+levels, where next to nothing is decided. A level's weight is the geometric mean of the two.
 
 The draws are noised, so this is exact where the prior's chain reverses the noising; trajectory
 balance over paths comes after it. The reward needs no gradient. A posterior that can leave its last
@@ -67,7 +68,7 @@ class RewardedSettings:
 @dataclass(frozen=True)
 class _Drawn:
     """Noised draws x [n, *event] of the prior, its predictions and their errors, the rows chosen by
-    weight and by guess, and the means of both.
+    weight and by guess, the means of both, and by what a draw counts in a mean.
     """
 
     x: Tensor
@@ -78,6 +79,7 @@ class _Drawn:
     guessed: Tensor
     weight: Tensor
     guess: Tensor
+    correction: Tensor
 
 
 class RewardedTrainer:
@@ -85,8 +87,8 @@ class RewardedTrainer:
     result.
 
     With u = posterior - D, v = x_0 - D, c chosen among the rows of a draw in proportion to w and c'
-    in proportion to b, W and B their means over the rows, and n_k = E|v|^2 at level k the loss is
-    K (W (|u_c|^2 / 2 - u_c . v) + B u_c' . v) / n_k, K the number of levels learned. InputError for
+    in proportion to b, W and B their means over the rows, and a_k the weight of level k the loss is
+    K a_k (W (|u_c|^2 / 2 - u_c . v) + B u_c' . v), K the number of levels learned. InputError for
     another diffusion than GaussianDiffusion, a beta that is no positive number, and a posterior
     without a parameter to train.
     """
@@ -134,7 +136,7 @@ class RewardedTrainer:
             if isinstance(acting, PriorInLastSteps):
                 acting.steps.fill_(settled)
         self.first = settled + 1
-        self.noise = self._noise()
+        self.level_weight = self._level_weight()
 
     def update(self, step: int) -> Mapping[str, Tensor]:
         """One gradient step."""
@@ -158,14 +160,14 @@ class RewardedTrainer:
         drawn = self._draw(level)
         moved, gain, guessed_gain = self._moved(drawn)
         each = drawn.weight * (moved / 2 - gain) + drawn.guess * guessed_gain
-        return learned * (each / self.noise[level]).mean()
+        return learned * (self.level_weight[level] * drawn.correction * each).mean()
 
     @torch.no_grad()
     def _draw(self, level: Tensor) -> "_Drawn":
         """Draws of the prior at these levels, with what they weigh and are guessed to."""
         generator, task = self.generator, self.task
         given = (len(level), self.settings.conditions)
-        x0, rows, log_weight = self.draws.sample(*given, generator=generator)
+        x0, rows, log_weight, correction = self.draws.sample(*given, generator=generator)
         x = self.diffusion.corrupt(x0, level, generator=generator)
         before = task.prior(x, level, self._condition(rows[:, 0]))
         log_guess = self._log_guess(before, rows).clamp(max=self.most)
@@ -175,7 +177,7 @@ class RewardedTrainer:
             for chosen in coupled_choice(*laws, generator=generator)
         )
         weight, guess = log_weight.exp().mean(1), log_guess.exp().mean(1)
-        return _Drawn(x, level, before, x0 - before, kept, guessed, weight, guess)
+        return _Drawn(x, level, before, x0 - before, kept, guessed, weight, guess, correction)
 
     def _moved(self, drawn: "_Drawn") -> tuple[Tensor, Tensor, Tensor]:
         """|u|^2 and u . error for the rows `kept`, u . error for the rows `guessed`: [n] each. The
@@ -209,22 +211,36 @@ class RewardedTrainer:
         """E_w |beta log r(x_0) - beta log r(D(x_k))| over draws weighted by w: nats."""
         off, total, times = 0.0, 0.0, self.settings.conditions
         for n in torch.arange(min(OPEN_PROBES, len(self.draws.x0))).split(self.settings.batch):
-            x0, rows, log_weight = self.draws.sample(len(n), times, generator=self.generator)
+            x0, rows, log_weight, correction = self.draws.sample(
+                len(n), times, generator=self.generator
+            )
             level = torch.full((len(x0),), k, device=x0.device)
             x = self.diffusion.corrupt(x0, level, generator=self.generator)
             before = self.task.prior(x, level, self._condition(rows[:, 0]))
-            weight = log_weight.double().exp()
+            weight = correction[:, None] * log_weight.double().exp()
             off += float((weight * (log_weight - self._log_guess(before, rows)).abs()).sum())
             total += float(weight.sum())
         return off / total if total > 0 else math.inf
 
-    def _noise(self) -> Tensor:
-        """E|x_0 - D(x_k)|^2 at each level, [K + 1]; 1 where nothing is learned."""
-        found = [torch.ones((), device=self.generator.device)] * self.first
-        for k in range(self.first, self.diffusion.levels + 1):
-            drawn = self._draw(torch.full((PROBES,), k, device=self.generator.device))
-            found.append(drawn.error.flatten(1).square().sum(1).mean())
-        return torch.stack(found)
+    def _level_weight(self) -> Tensor:
+        """sqrt(g / n) a level, [K + 1], over the mean of sqrt(g n) over the levels learned; n is
+        E|x_0 - D|^2 and g what a squared error of the prediction costs the paths, nats.
+
+        g n is at most half the number of coordinates, as it is where all of a step's spread comes
+        from x_0: one with a declared floor would outweigh all others.
+        """
+        levels = torch.arange(self.first, self.diffusion.levels + 1)
+        noise = torch.stack([self._noise(int(k)) for k in levels])
+        per_step = self.diffusion.weight_x0[levels] / self.diffusion.std[levels]
+        price = per_step.square().flatten(1).mean(1).to(noise) / 2
+        nats = (price * noise).clamp(max=math.prod(self.diffusion.event_shape) / 2).sqrt()
+        unlearned = torch.zeros(self.first, dtype=noise.dtype, device=noise.device)
+        return torch.cat([unlearned, nats / noise / nats.mean()])
+
+    def _noise(self, level: int) -> Tensor:
+        """E|x_0 - D(x_k)|^2 at a level; a scalar."""
+        drawn = self._draw(torch.full((PROBES,), level, device=self.generator.device))
+        return (drawn.correction * drawn.error.flatten(1).square().sum(1)).mean()
 
     def _condition(self, rows: Tensor) -> Condition:
         return conditions.take(self.draws.condition, rows)

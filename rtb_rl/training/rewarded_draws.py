@@ -1,6 +1,8 @@
 """Draws of a prior with their rewards, for one or several conditions, and choices among these."""
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -12,6 +14,17 @@ from rtb_rl.training.task import Task
 
 BATCH = 1000
 """Draws rewarded together."""
+
+
+class Sampled(NamedTuple):
+    """Some of the draws: `x0` [n, *event], `rows` and `log_weight` [n, m], and `correction` [n], by
+    which means over them are means over all draws.
+    """
+
+    x0: Tensor
+    rows: Tensor
+    log_weight: Tensor
+    correction: Tensor
 
 
 @dataclass(frozen=True)
@@ -64,15 +77,24 @@ class RewardedDraws:
         log_z = torch.stack(found).to(log_weight.dtype)
         return cls(x0, condition, rows, log_weight - log_z[rows], log_z)
 
-    def sample(self, n: int, times: int, *, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """`n` draws [n, *event], at most `times` rows for each and its weights there: [n, m]."""
+    @cached_property
+    def _share(self) -> Tensor:
+        """n times the probability of each draw: half by its weight, half as it comes."""
+        return (1 + self.log_weight.exp().mean(1)) / 2
+
+    def sample(self, n: int, times: int, *, generator: Generator) -> Sampled:
+        """`n` draws, at most `times` rows for each.
+
+        Those of great weight are seen oftener and count for less: a weight beside its correction is
+        at most 2, where a rare point of the target may weigh a thousand.
+        """
         device, held = generator.device, self.rows.shape[1]
-        index = torch.randint(len(self.x0), (n,), generator=generator, device=device)
+        index = torch.multinomial(self._share, n, replacement=True, generator=generator)
         rows, log_weight = self.rows[index], self.log_weight[index]
         if held > times:
             chosen = torch.randint(held, (n, times), generator=generator, device=device)
             rows, log_weight = rows.gather(1, chosen), log_weight.gather(1, chosen)
-        return self.x0[index], rows, log_weight
+        return Sampled(self.x0[index], rows, log_weight, 1 / self._share[index])
 
 
 def coupled_choice(first: Tensor, second: Tensor, *, generator: Generator) -> tuple[Tensor, Tensor]:

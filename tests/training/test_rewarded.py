@@ -97,7 +97,7 @@ def test_draws_of_several_priors_are_weighed_for_their_own_alone():
     x0 = torch.randn(2, DRAWS, 1, dtype=torch.float64, generator=seeded()) + means[:, None, None]
     draws = RewardedDraws.of_each_prior(x0, torch.arange(2), TILT * x0[..., 0], 1.0)
     torch.testing.assert_close(draws.log_z, TILT * means + TILT**2 / 2, atol=0.03, rtol=0)
-    some, rows, log_weight = draws.sample(1000, 4, generator=seeded())
+    some, rows, log_weight, _ = draws.sample(1000, 4, generator=seeded())
     assert rows.shape == log_weight.shape == (1000, 1)
     assert float((some[:, 0] - means[rows[:, 0]]).abs().max()) < 5
     expected = TILT * some[:, 0] - draws.log_z[rows[:, 0]]
@@ -146,10 +146,35 @@ def test_a_guess_knows_nothing_but_its_own_point():
         torch.testing.assert_close(drawn.guess, expected)
 
 
-def test_the_noise_of_a_level_is_the_variance_that_is_left():
+def test_draws_of_weight_are_seen_oftener_and_move_nothing(monkeypatch):
+    """Means stay what they are, and a rare draw of great weight takes no batch away."""
+    trainer = trainer_of(
+        lambda x0, condition: torch.where(x0[:, 0] > 2, 5.0, 0.0).double(), RewardedSettings()
+    )
+    by_weight = gradients(trainer)
+    draws = trainer.draws
+    some = draws.sample(50_000, 1, generator=seeded())
+    weight = some.correction * some.log_weight[:, 0].exp()
+    assert float(draws.log_weight.max().exp()) > 10
+    assert float(weight.max()) < 2
+    for found in (some.correction, weight):
+        assert float(found.mean()) == pytest.approx(1, abs=0.02)
+    monkeypatch.setitem(vars(draws), "_share", torch.ones(DRAWS, dtype=torch.float64))
+    plain = gradients(trainer)
+    difference = (by_weight.mean(0) - plain.mean(0)).abs()
+    assert (difference < 4 * ((by_weight.var(0) + plain.var(0)) / 60).sqrt()).all()
+    assert (by_weight.std(0)[2:] < 0.4 * plain.std(0)[2:]).all()  # elsewhere the guess knows
+
+
+def test_a_level_weighs_by_its_noise_and_by_what_its_errors_cost_the_paths():
+    """n = 2 noise^2, and a squared error costs c^2 / (2 s^2) nats, in all no more than 1."""
     trainer = trainer_of(linear, RewardedSettings())
-    expected = 2 * SCHEDULE.noise[1:].square()
-    torch.testing.assert_close(trainer.noise[1:], expected, atol=0, rtol=0.35)
+    noise = 2 * SCHEDULE.noise[1:].square()
+    cost = (DIFFUSION.weight_x0 / DIFFUSION.std).flatten()[1:].square() / 2
+    nats = (cost * noise).clamp(max=1.0).sqrt()
+    expected = nats / noise / nats.mean()
+    torch.testing.assert_close(trainer.level_weight[1:], expected, atol=0, rtol=0.35)
+    assert float(trainer.level_weight[0]) == 0
 
 
 def test_new_inputs_learn_at_a_rate_of_their_own():

@@ -105,7 +105,7 @@ def _shapes() -> Budget:
         huber_threshold=20.0,
         linex_limit=4.0,
         look_ahead=True,
-        start=RewardedSettings(steps=2000),
+        start=RewardedSettings(),
         diagnostic_samples=1000,
     )
     return Budget(
