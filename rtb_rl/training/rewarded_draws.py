@@ -85,8 +85,8 @@ class RewardedDraws:
     def sample(self, n: int, times: int, *, generator: Generator) -> Sampled:
         """`n` draws, at most `times` rows for each.
 
-        Those of great weight are seen oftener and count for less: a weight beside its correction is
-        at most 2, where a rare point of the target may weigh a thousand.
+        Those of great weight are seen oftener and count for less: times its correction the mean
+        weight of a draw is below 2, where a rare point of the target may weigh a thousand.
         """
         device, held = generator.device, self.rows.shape[1]
         index = torch.multinomial(self._share, n, replacement=True, generator=generator)
