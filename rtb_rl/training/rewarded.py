@@ -9,7 +9,7 @@ since E[x_0 - D | x_k] = 0. As b = r(D(x_k))^beta / Z takes what x_k already say
 of the noise, levels at which it says all are left where they are. The weights of levels move no
 minimiser. By the divergence of paths, c^2 / (2 s^2) a squared error (c: what x_0 counts in a step,
 s: its spread), nearly all noise would come from the last few levels, where little is to be learned;
-by 1 / n, n = E|x_0 - D|^2, to which the noise is proportional, half of it would come from the first
+by 1 / n, n = E|x_0 - D|^2, to which the noise is proportional, a third would come from the first
 levels, where next to nothing is decided. A level's weight is the geometric mean of the two.
 
 The draws are noised, so this is exact where the prior's chain reverses the noising; trajectory

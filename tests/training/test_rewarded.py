@@ -177,6 +177,15 @@ def test_a_level_weighs_by_its_noise_and_by_what_its_errors_cost_the_paths():
     assert float(trainer.level_weight[0]) == 0
 
 
+def test_a_step_of_next_to_no_spread_outweighs_no_other():
+    """At a floor of 1e-6 an error of level 1 would cost a million times what it does elsewhere."""
+    std = DIFFUSION.std.flatten()[1:].clone()
+    std[0] = 1e-6
+    narrow = trainer_of(linear, RewardedSettings(), diffusion=DIFFUSION.with_spread(std))
+    usual = trainer_of(linear, RewardedSettings())
+    torch.testing.assert_close(narrow.level_weight, usual.level_weight, atol=0, rtol=0.1)
+
+
 def test_new_inputs_learn_at_a_rate_of_their_own():
     """The first step of Adam is the rate itself."""
     settings = RewardedSettings(learning_rate=1e-3, warmup=1, input_rate=30.0)
