@@ -49,6 +49,8 @@ class Settings(ImageSettings):
     calls: float | None = None
     """Network calls that a training-free method may spend for each draw; not given: those that the
     shared run spent for each of its own."""
+    learning_rate: float = 3e-4
+    """Of the trained methods, which start at the prior; trajectory balance has its own."""
 
 
 def updates(job: ImageJob, method: Baseline, calls: float) -> int:
@@ -60,11 +62,11 @@ def updates(job: ImageJob, method: Baseline, calls: float) -> int:
     return updates_within(calls, new_trainer, {job.prior.pipeline.unet, unet})
 
 
-def fit(job: ImageJob, method: Baseline, calls: float) -> ImagePosterior:
-    """A posterior trained for as many calls as trajectory balance was."""
+def fit(job: ImageJob, method: Baseline, calls: float, rate: float) -> ImagePosterior:
+    """A posterior trained for as many calls as trajectory balance was, at a rate of its own."""
     directory = job.run.directory / slug(method.name)
     settings = replace(job.budget.posterior, start=None)
-    tuned = replace(settings.finetune, updates=updates(job, method, calls))
+    tuned = replace(settings.finetune, updates=updates(job, method, calls), learning_rate=rate)
     chosen = replace(settings, finetune=tuned)
     seed = job.settings.seed
     return fit_posterior(directory, job.prior, job.target, chosen, seed=seed, make_trainer=method)
@@ -73,6 +75,7 @@ def fit(job: ImageJob, method: Baseline, calls: float) -> ImagePosterior:
 def calls_of_rtb(settings: Settings) -> Spent:
     """Network calls that trajectory balance spent."""
     check_beta(settings.beta)
+    check_beta(settings.learning_rate, "learning_rate")
     if settings.calls is not None:
         check_beta(settings.calls, "calls")
     run = settings.against or settings.share
@@ -106,7 +109,7 @@ def main(settings: Settings) -> None:
     for name in names:
         Console().print(f"[bold]{name}[/bold]")
         if name in fitted:
-            posterior = fit(job, fitted[name], training)
+            posterior = fit(job, fitted[name], training, settings.learning_rate)
             job.measure(name, partial(job.draw, posterior), posterior.results)
         else:
             method = partial(free[name], *model, budget=budget, beta=settings.beta)

@@ -64,6 +64,8 @@ class Settings(TextToImageSettings):
     calls: float | None = None
     """Network calls that a training-free method may spend for each draw; not given: those that the
     shared run spent for each of its own."""
+    learning_rate: float = 3e-4
+    """Of the trained methods, which start at the prior; trajectory balance has its own."""
     lora_rank: int | None = None
     """Rank of the adapters; not given: 4, and for shapes all weights of a copy are trained."""
 
@@ -77,10 +79,10 @@ def updates(job: TextToImageJob, method: Baseline, calls: float) -> int:
     return updates_within(calls, partial(method, *given), {job.prior.denoiser, task.posterior})
 
 
-def fit(job: TextToImageJob, method: Baseline, calls: float) -> TextToImagePosterior:
-    """A posterior trained for as many calls as trajectory balance was."""
+def fit(job: TextToImageJob, method: Baseline, calls: float, rate: float) -> TextToImagePosterior:
+    """A posterior trained for as many calls as trajectory balance was, at a rate of its own."""
     settings = replace(job.budget.posterior, start=None)
-    tuned = replace(settings.finetune, updates=updates(job, method, calls))
+    tuned = replace(settings.finetune, updates=updates(job, method, calls), learning_rate=rate)
     return fit_text_to_image(
         job.run.directory / slug(method.name),
         job.prior,
@@ -94,6 +96,7 @@ def fit(job: TextToImageJob, method: Baseline, calls: float) -> TextToImagePoste
 def calls_of_rtb(settings: Settings) -> Spent:
     """Network calls that trajectory balance spent."""
     check_beta(settings.beta)
+    check_beta(settings.learning_rate, "learning_rate")
     if settings.calls is not None:
         check_beta(settings.calls, "calls")
     run = settings.against or settings.share
@@ -144,11 +147,13 @@ def all_methods(*, differentiable: bool) -> tuple[str, ...]:
     return tuple(name for name in known if differentiable or name != NEEDS_GRADIENT)
 
 
-def measure(job: TextToImageJob, name: str, budget: CallBudget, training: float) -> None:
+def measure(
+    job: TextToImageJob, name: str, budget: CallBudget, *, training: float, rate: float
+) -> None:
     """Draw by the method of that name, trained first where it is, and add its row."""
     fitted = trained_baselines()
     if name in fitted:
-        posterior = fit(job, fitted[name], training)
+        posterior = fit(job, fitted[name], training, rate)
         return job.add(name, partial(job.draw, posterior), posterior.results)
     model = (job.prior.diffusion, job.prior.denoiser, job.measure.log_reward, job.condition)
     given: dict[str, Any] = {"budget": budget, "beta": job.beta, "batch": job.budget.draw_batch}
@@ -170,7 +175,7 @@ def main(settings: Settings) -> None:
     budget = CallBudget(settings.calls or spent.each, job.budget.draws, job.prior.diffusion.levels)
     for name in names:
         Console().print(f"[bold]{name}[/bold]")
-        measure(job, name, budget, spent.training)
+        measure(job, name, budget, training=spent.training, rate=settings.learning_rate)
     job.finish(names)
 
 

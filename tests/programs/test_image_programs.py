@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rtb_rl.baselines.policy_gradient import PolicyGradient
+from rtb_rl.baselines.trainer import Learner
 from rtb_rl.cli import show_names
 from rtb_rl.core import rollout
 from rtb_rl.errors import InputError
@@ -249,6 +250,20 @@ def test_baselines_spend_what_trajectory_balance_spent(even, tmp_path):
         assert row["reference_log_z"] == rtb["reference_log_z"]
 
 
+def test_the_trained_baselines_have_a_rate_of_their_own(even, tmp_path, monkeypatch):
+    """Not the one at which trajectory balance goes on after its start."""
+    rates, begin = [], Learner.begin
+
+    def watched(self, step):
+        rates.append(self.settings.learning_rate)
+        begin(self, step)
+
+    monkeypatch.setattr(Learner, "begin", watched)
+    given = dict(share=even, methods=("DDPO",))
+    run(tmp_path / "base", image_baselines, **given, learning_rate=0.02)
+    assert set(rates[1:]) == {0.02}  # the first update is priced and thrown away
+
+
 def test_baselines_of_another_target_are_refused(even, tmp_path):
     """Their allowance would be that of another posterior."""
     for given in (dict(share=even), dict(share=even, against=even)):
@@ -344,6 +359,7 @@ def test_a_shared_run_of_other_data_is_refused(even, tmp_path):
         ({}, "name its directory with --share"),
         ({"share": Path("nowhere")}, "holds no finished run of rtb_image; finish it first"),
         ({"beta": -1.0}, "beta is -1.0; give a positive number"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0; give a positive number"),
         ({"calls": 0.0}, "calls is 0.0; give a positive number"),
         ({"methods": ("DPO",)}, "there is no method 'DPO' for this target; there are 'best of N'"),
         ({"methods": ("DPS as published",), "target": "each"}, "no method 'DPS as published'"),

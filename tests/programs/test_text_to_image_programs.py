@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from rtb_rl.baselines.policy_gradient import PolicyGradient
 from rtb_rl.baselines.trained import trained_methods
+from rtb_rl.baselines.trainer import Learner
 from rtb_rl.cli import show_names
 from rtb_rl.core import Sampler, rollout
 from rtb_rl.errors import InputError
@@ -296,6 +297,20 @@ def test_baselines_spend_what_trajectory_balance_spent(shapes, tmp_path, monkeyp
             assert (folder.parent / folder.name.replace("__", "_") / "pipeline").is_dir(), name
 
 
+def test_the_trained_baselines_have_a_rate_of_their_own(shapes, tmp_path, monkeypatch):
+    """Not the one at which trajectory balance goes on after its start."""
+    rates, begin = [], Learner.begin
+
+    def watched(self, step):
+        rates.append(self.settings.learning_rate)
+        begin(self, step)
+
+    monkeypatch.setattr(Learner, "begin", watched)
+    given = dict(share=shapes, methods=("DDPO",))
+    run(tmp_path / "base", text_to_image_baselines, **given, learning_rate=0.02)
+    assert set(rates[1:]) == {0.02}  # the first update is priced and thrown away
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
@@ -308,6 +323,7 @@ def test_baselines_spend_what_trajectory_balance_spent(shapes, tmp_path, monkeyp
         (dict(share=None, beta=-1.0), "beta is -1.0; give a positive number"),
         (dict(beta=3.0), "has beta 1.0, and 3.0 is asked for here.*--against"),
         (dict(calls=math.nan), "calls is nan; give a positive number"),
+        (dict(learning_rate=0.0), "learning_rate is 0.0; give a positive number"),
         (dict(lora_rank=0), "adapters of rank 0 hold nothing"),
         (dict(lora_rank=-1), "adapters of rank -1 hold nothing"),
         (dict(negative="ugly"), "has negative , and ugly is asked for here.*--against"),
