@@ -94,6 +94,8 @@ class TransitionDataset:
             )
         if not kept.any():
             raise InputError("no transition has a known next observation; record longer episodes")
+        if kept.sum() == 1:
+            raise InputError("there is one transition, which has no spread; record more of them")
         chosen = slice(None) if kept.all() else kept
         return cls(
             observations=torch.from_numpy(rows.observations[chosen]),
