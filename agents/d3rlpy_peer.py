@@ -18,7 +18,13 @@ from typing import Literal
 import tyro
 
 from rtb_rl.rl import JobSettings, open_job
-from rtb_rl.rl.peers.d3rlpy_peer import D3rlpySettings, d3rlpy_versions, fit_d3rlpy, note_versions
+from rtb_rl.rl.peers.d3rlpy_peer import (
+    D3rlpySettings,
+    d3rlpy_versions,
+    fit_d3rlpy,
+    given_interpreter,
+    note_versions,
+)
 
 STEPS = {
     "iql": {"smoke": 300, "demo": 15_000, "full": 200_000},
@@ -37,13 +43,22 @@ class Settings(JobSettings):
     """Updates; not given: as the budget says, 200,000 in full, which take CQL hours on a CPU."""
     batch: int = 256
 
+    def check(self) -> None:
+        super().check()
+        own_settings(self)
+        given_interpreter(self.python)
+
+
+def own_settings(settings: Settings) -> D3rlpySettings:
+    """Those of d3rlpy's training."""
+    steps = STEPS[settings.algorithm][settings.budget] if settings.steps is None else settings.steps
+    return D3rlpySettings(settings.algorithm, steps=steps, batch=settings.batch)
+
 
 def main(settings: Settings) -> None:
     """Have d3rlpy train its policy, then evaluate that."""
-    steps = STEPS[settings.algorithm][settings.budget] if settings.steps is None else settings.steps
-    chosen = D3rlpySettings(settings.algorithm, steps=steps, batch=settings.batch)
-    versions = d3rlpy_versions(settings.python)
-    assert settings.python is not None
+    chosen, python = own_settings(settings), given_interpreter(settings.python)
+    versions = d3rlpy_versions(python)
     method = f"d3rlpy_{settings.algorithm}"
     job = open_job(
         settings,
@@ -58,7 +73,7 @@ def main(settings: Settings) -> None:
         stage,
         job.dataset,
         chosen,
-        python=settings.python,
+        python=python,
         versions=versions,
         critic_settings=job.budget.critic,
         seed=settings.seed,

@@ -35,6 +35,12 @@ class Settings(JobSettings, OwnCritic, StrengthByRule):
     high: float | None = None
     """Strongest; not given: 10, or the beta that the run acts at where that is more."""
 
+    def check(self) -> None:
+        super().check()
+        own = AmortisedSettings(low=self.low, high=strongest(self, self.beta or 0.0))
+        if self.beta is not None:
+            check_acting(self.beta, own)
+
 
 def main(settings: Settings) -> None:
     """Fit prior, critic and the posterior of all strengths, and evaluate one of them."""

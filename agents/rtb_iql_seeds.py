@@ -28,6 +28,17 @@ class Settings(JobSettings, OwnCritic, Strength, Candidates):
     langevin: bool = False
     """Let the posterior use the critic's gradient, which must then exist; acting takes longer."""
 
+    def check(self) -> None:
+        super().check()
+        for name in ("stages", "curve"):
+            if getattr(self, name):
+                raise InputError(
+                    f"rtb_iql_seeds trains all seeds at once and can't take --{name}; leave it out,"
+                    " or run rtb_iql seed by seed"
+                )
+        if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
+            raise InputError(f"--seeds {self.seeds} must be different numbers, at least one")
+
 
 def main(settings: Settings) -> None:
     """Fit prior, critic and posterior of all seeds, skipping what is complete, and evaluate."""
@@ -55,18 +66,8 @@ def main(settings: Settings) -> None:
 
 
 def _open(settings: Settings) -> list[Job]:
-    """A job for every seed, with one data set for all.
-
-    InputError for settings that fit each seed's stages in another way.
-    """
-    for name in ("stages", "curve"):
-        if getattr(settings, name):
-            raise InputError(
-                f"rtb_iql_seeds trains all seeds at once and can't take --{name}; leave it out, or"
-                " run rtb_iql seed by seed"
-            )
-    if len(set(settings.seeds)) != len(settings.seeds) or not settings.seeds:
-        raise InputError(f"--seeds {settings.seeds} must be different numbers, at least one")
+    """A job for every seed, with one data set for all."""
+    settings.check()
     jobs: list[Job] = []
     for seed in settings.seeds:
         job = open_job(

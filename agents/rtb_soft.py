@@ -46,16 +46,25 @@ class Settings(JobSettings, Strength, Candidates):
     rows: int | None = None
     """Transitions of which draws are made; not given: as the budget says, all in full."""
 
+    def check(self) -> None:
+        super().check()
+        critic_settings(self)
 
-def main(settings: Settings) -> None:
-    """Fit prior, critic and posterior, skipping what is complete, and evaluate."""
-    own = SoftCriticSettings(
+
+def critic_settings(settings: Settings) -> SoftCriticSettings:
+    """Those of the critic, but for what the budget and the data set say."""
+    return SoftCriticSettings(
         members=settings.members,
         lower_bound=settings.lower_bound,
         layer_norm=settings.layer_norm,
         candidates=settings.backup_actions,
         rows=ROWS[settings.budget] if settings.rows is None else settings.rows,
     )
+
+
+def main(settings: Settings) -> None:
+    """Fit prior, critic and posterior, skipping what is complete, and evaluate."""
+    own = critic_settings(settings)
     tuning = Path(__file__).with_name("rtb_iql.toml")
     job = open_job(
         settings,

@@ -28,6 +28,7 @@ from rtb_rl.sweep.fill import Executor, fill
 from rtb_rl.sweep.grid import chosen, keep_grid, read_grid
 from rtb_rl.sweep.local import run_local
 from rtb_rl.sweep.locks import grid_lock
+from rtb_rl.sweep.rows import begun_cells
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,11 @@ def main(settings: Settings) -> None:
     execute = executor(settings)
     with grid_lock(root):
         paths = data_paths(grid, root)
-        cells = chosen(grid.cells(paths, root), settings.only)
-        keep_grid(root, grid, check_data(grid, paths))
-        failed = fill(cells, root, execute, workers=settings.workers, retry=settings.retry)
+        every = grid.cells(paths, root)
+        cells = chosen(every, settings.only)
+        keep_grid(root, grid, check_data(grid, paths), begun=begun_cells(root))
+        given = {"workers": settings.workers, "retry": settings.retry}
+        failed = fill(cells, root, execute, every=every, **given)
     print(f"rows: {settings.out / 'rows.jsonl'}")
     if failed:
         raise SystemExit(

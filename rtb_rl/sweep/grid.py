@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from rtb_rl.errors import InputError
-from rtb_rl.sweep.cells import Cell
+from rtb_rl.sweep.cells import Cell, Key
 from rtb_rl.sweep.programs import check_words, load_settings, option_words
 from rtb_rl.training.checkpoint import replace_file
 
@@ -120,6 +120,8 @@ def _checked(content: Mapping[str, Any]) -> Grid:
             raise InputError(f"{name} is {content[name]!r}; it must be a table, [{name}]")
     agents = _list(content, "agents", str, "names of programs")
     seeds = _list(content, "seeds", int, "whole numbers")
+    if min(seeds) < 0:
+        raise InputError(f"seeds has {min(seeds)}; give whole numbers from 0 on")
     tasks = content.get("tasks", {})
     if not tasks:
         raise InputError("tasks is empty; name data sets as [tasks.NAME] with dataset = ...")
@@ -182,10 +184,13 @@ def _underscored(options: Mapping[str, Any]) -> dict[str, Any]:
     return named
 
 
-def keep_grid(root: Path, grid: Grid, digests: Mapping[str, str]) -> None:
+def keep_grid(
+    root: Path, grid: Grid, digests: Mapping[str, str], *, begun: Collection[Key]
+) -> None:
     """Write grid.json, the grid with the SHA-256 of each task's data.
 
-    InputError where it holds another grid, unless this one only adds agents, tasks or seeds.
+    InputError where it holds another grid, unless this one adds agents, tasks or seeds, or has
+    those otherwise, or not at all, of which no cell has `begun`.
     """
     path = root / "grid.json"
     resolved = {
@@ -198,19 +203,33 @@ def keep_grid(root: Path, grid: Grid, digests: Mapping[str, str]) -> None:
     }
     if path.exists():
         old = json.loads(path.read_text())
-        if difference := _difference(old, resolved):
+        if difference := _difference(_begun(old, begun), resolved):
             raise InputError(
-                f"{root} holds another grid: {difference}. Only agents, tasks and seeds may be "
-                "added; give another --out, or take the old grid back"
+                f"{root} holds another grid: {difference}. Agents, tasks and seeds may be added, "
+                "and changed while no cell of theirs has begun; give another --out, or take the "
+                "old grid back"
             )
     replace_file(path, (json.dumps(resolved, indent=2) + "\n").encode())
+
+
+def _begun(old: Mapping[str, Any], begun: Collection[Key]) -> dict[str, Any]:
+    """What of an old grid its cells were made with: a bad option of one that never ran is no part
+    of it.
+    """
+    tasks, agents, seeds = ({key[place] for key in begun} for place in range(3))
+    return {
+        "seeds": [seed for seed in old["seeds"] if seed in seeds],
+        "settings": old["settings"] if begun else {},
+        "agents": {name: options for name, options in old["agents"].items() if name in agents},
+        "tasks": {name: options for name, options in old["tasks"].items() if name in tasks},
+    }
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
     """The first thing of the old grid that the new one lacks or has otherwise."""
     if lost := [seed for seed in old["seeds"] if seed not in new["seeds"]]:
         return f"it has seed {lost[0]}, which this one lacks"
-    pairs = [("settings", old["settings"], new["settings"])]
+    pairs = [("settings", old["settings"], new["settings"])] if old["seeds"] else []
     for kind in ("agents", "tasks"):
         for name, options in old[kind].items():
             if name not in new[kind]:

@@ -100,13 +100,22 @@ def check_name(name: str, known: Collection[str], where: str) -> None:
 
 
 def check_words(settings: type, words: Sequence[str], where: str) -> None:
-    """InputError where the program would refuse this command line."""
+    """InputError where the program would refuse this command line, or what its options say.
+
+    What they say is told by `check` of the program's options, where they have it.
+    """
     output = io.StringIO()
     try:
         with redirect_stdout(output), redirect_stderr(output):
-            tyro.cli(tyro.conf.FlagCreatePairsOff[settings], args=list(words))
+            options = tyro.cli(tyro.conf.FlagCreatePairsOff[settings], args=list(words))
     except SystemExit as error:
         raise InputError(f"{where}: {_first_paragraph(output.getvalue())}; correct it") from error
+    if (check := getattr(options, "check", None)) is None:
+        return
+    try:
+        check()
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 def _first_paragraph(text: str) -> str:

@@ -7,7 +7,7 @@ that a row which was lost is made again.
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,18 @@ from rtb_rl.training.checkpoint import replace_file
 class Rows:
     """rows.jsonl: the cells that have a line, and the next line.
 
-    A last line that a kill cut short is taken off when the file is opened, and `repaired` says so.
-    InputError for any other broken or repeated line.
+    A last line that a kill cut short is taken off when the file is opened, one that lacks its end
+    alone gets it, and `repaired` says so. InputError for any other broken or repeated line.
     """
 
     def __init__(self, root: Path):
         self.root, self.path = root, root / "rows.jsonl"
         self.repaired: str | None = None
         self.rows: dict[Key, dict[str, Any]] = {}
-        *whole, rest = (self.path.read_bytes() if self.path.exists() else b"").split(b"\n")
-        if not rest and whole and not _parsed(whole[-1]):  # a block of the disk that was not filled
-            rest = whole.pop()
+        content = self.path.read_bytes() if self.path.exists() else b""
+        *whole, rest = content.rstrip(b"\n").split(b"\n")
+        if _parsed(rest):
+            whole, rest = [*whole, rest], b""
         for number, line in enumerate(whole, 1):
             if (row := _parsed(line)) is None or row_key(row) in self.rows:
                 raise InputError(
@@ -40,8 +41,10 @@ class Rows:
                     "it anew from the cells"
                 )
             self.rows[row_key(row)] = row
+        if (kept := b"".join(line + b"\n" for line in whole)) != content:
+            replace_file(self.path, kept)
+            self.repaired = f"{self.path.name}: the end of the last line was missing or doubled"
         if rest:
-            replace_file(self.path, b"".join(line + b"\n" for line in whole))
             self.repaired = (
                 f"{self.path.name}: the last line was cut short ({len(rest)} bytes) and is removed;"
                 " its cell's row is written again"
@@ -90,9 +93,27 @@ class Failures:
         if self.records.pop(cell.key, None) is not None:
             self._write()
 
+    def keep(self, keys: Collection[Key]) -> None:
+        """Forget the failures of all other cells."""
+        if dropped := [key for key in self.records if key not in keys]:
+            for key in dropped:
+                del self.records[key]
+            self._write()
+
     def _write(self) -> None:
         text = "".join(json.dumps(record) + "\n" for record in self.records.values())
         replace_file(self.path, text.encode())
+
+
+def begun_cells(root: Path) -> set[Key]:
+    """The cells that have a row, or a directory in which their program has begun."""
+    path = root / "rows.jsonl"
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    begun = {row_key(row) for line in lines if (row := _parsed(line))}
+    for config in root.glob("cells/*/*/seed*/config.json"):
+        task, agent, seed = config.parts[-4:-1]
+        begun.add((task, agent, int(seed.removeprefix("seed"))))
+    return begun
 
 
 def row_of(cell: Cell, root: Path, *, peak_memory_bytes: int | None = None) -> dict[str, Any]:

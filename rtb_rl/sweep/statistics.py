@@ -9,6 +9,7 @@ All intervals are 95 % percentile-bootstrap intervals with a fixed seed of their
 a number doesn't change when other agents join the comparison.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -81,25 +82,35 @@ def interquartile_mean(scores: np.ndarray) -> np.ndarray:
 
 
 def resampled(runs: Runs, generator: np.random.Generator) -> np.ndarray:
-    """[DRAWS, all runs]: the runs of each task drawn with replacement from that task's runs."""
+    """[DRAWS, all runs], `balanced`: those of each task drawn with replacement from its own."""
     drawn = [scores[generator.integers(len(scores), size=(DRAWS, len(scores)))] for scores in runs]
-    return np.concatenate(drawn, axis=1)
+    return balanced(drawn)
+
+
+def balanced(scores: Sequence[np.ndarray]) -> np.ndarray:
+    """The scores of all tasks along one axis, [..., runs] each: tasks with fewer runs than others
+    have theirs repeated until all count alike, as they do where each has the same number.
+    """
+    most = math.lcm(*(task.shape[-1] for task in scores))
+    return np.concatenate(
+        [np.repeat(task, most // task.shape[-1], axis=-1) for task in scores], axis=-1
+    )
 
 
 def aggregate_score(runs: Runs) -> Estimate:
     """Interquartile mean over all runs of all tasks, with a stratified bootstrap interval.
 
-    Runs count alike, so a task with more runs weighs more.
+    Tasks count alike, however many runs each has.
     """
     draws = interquartile_mean(resampled(runs, np.random.default_rng(SEED)))
-    value = float(interquartile_mean(np.concatenate(list(runs))))
+    value = float(interquartile_mean(balanced(runs)))
     return Estimate(value) if _single(runs) else _estimate(value, draws)
 
 
 def performance_profile(runs: Runs, taus: np.ndarray) -> Profile:
-    """Share of runs with a score above each of `taus`, over all tasks, with a stratified band."""
+    """Share of runs with a score above each of `taus`, mean over tasks, with a stratified band."""
     draws = resampled(runs, np.random.default_rng(SEED))
-    scores = np.concatenate(list(runs))
+    scores = balanced(runs)
     shares = np.stack([(draws > tau).mean(1) for tau in taus], axis=1)
     low, high = np.quantile(shares, QUANTILES, axis=0)
     return Profile(taus, np.array([(scores > tau).mean() for tau in taus]), low, high)

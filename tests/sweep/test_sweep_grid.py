@@ -63,6 +63,14 @@ BAD = {
     "no seeds": (GOOD.replace("[0, 1]", "[]"), "seeds is \\[\\]; give a list of whole numbers"),
     "a word for a seed": (GOOD.replace("[0, 1]", '["0"]'), "give a list of whole numbers"),
     "true for a seed": (GOOD.replace("[0, 1]", "[true]"), "give a list of whole numbers"),
+    "a seed below zero": (GOOD.replace("[0, 1]", "[0, -1]"), "seeds has -1; give whole numbers"),
+    "a strength below zero": (
+        GOOD.replace("3.0", "-3.0"),
+        "task one, agent rtb_iql: beta is -3.0; give a positive number",
+    ),
+    "two rules for one strength": (f"{GOOD}kl = 0.5\n", "task one, agent rtb_iql: .*beta 3.0"),
+    "no candidates": (f"{GOOD}candidates = 0\n", "agent rtb_iql: --candidates is 0; give at lea"),
+    "no step of a critic": (f"{GOOD}critic_steps = 0\n", "rtb_iql: --critic-steps is 0; give at"),
     "no tasks": (GOOD[: GOOD.index("[tasks.one]")], "tasks is empty"),
     "no dataset": (GOOD.replace('dataset = "one.hdf5"', ""), "task one has dataset None"),
     "empty mixture": (GOOD.replace('"one.hdf5"', "[]"), "task one has dataset \\[\\]"),
@@ -193,10 +201,18 @@ def test_data_that_no_program_could_use_are_refused(dataset, options, complaint,
         check_data(grid, data_paths(grid, tmp_path))
 
 
-def kept(root, text, digests=("1", "2"), name="grid.toml"):
-    (root / name).write_text(text)
-    grid = read_grid(root / name)
-    keep_grid(root, grid, dict(zip(grid.tasks, [*digests, "3"])))
+ALL = [
+    (task, agent, seed)
+    for task in ("one", "two")
+    for agent in ("rtb_iql", COUNTING)
+    for seed in (0, 1, 2)
+]
+
+
+def kept(root, text, digests=("1", "2"), begun=ALL):
+    (root / "grid.toml").write_text(text)
+    grid = read_grid(root / "grid.toml")
+    keep_grid(root, grid, dict(zip(grid.tasks, [*digests, "3"])), begun=begun)
 
 
 def test_a_directory_takes_more_agents_tasks_and_seeds(tmp_path):
@@ -225,6 +241,26 @@ def test_a_directory_refuses_another_grid_and_keeps_its_own(text, digests, compl
     with pytest.raises(InputError, match=re.escape(complaint)):
         kept(tmp_path, text, digests)
     assert (tmp_path / "grid.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        GOOD.replace("beta = 3.0", "beta = 5.0"),
+        GOOD.replace("[tasks.two]", "[tasks.three]"),
+        GOOD.replace("[0, 1]", "[0]"),
+        GOOD[: GOOD.index("[agents_settings")].replace('"rtb_iql", ', ""),
+    ],
+)
+def test_what_never_ran_may_be_put_right_or_left_out(text, tmp_path):
+    """A wrong option of one agent, found when it ran, cost the finished cells of all others."""
+    kept(tmp_path, GOOD)
+    with pytest.raises(InputError, match="holds another grid"):
+        kept(tmp_path, text)
+    kept(tmp_path, text, begun=[("one", COUNTING, 0)])
+    with pytest.raises(InputError, match="settings has beta 2.0 there and 2.5 here"):
+        kept(tmp_path, text.replace("beta = 2.0", "beta = 2.5"), begun=[("one", COUNTING, 0)])
+    kept(tmp_path, text.replace("beta = 2.0", "beta = 2.5"), begun=[])
 
 
 @pytest.mark.parametrize("beside", [False, True])

@@ -8,7 +8,8 @@ from fake_programs import counting
 from rtb_rl.errors import InputError
 from rtb_rl.sweep.attempt import Outcome
 from rtb_rl.sweep.cells import Cell
-from rtb_rl.sweep.rows import Failures, Rows, row_of
+from rtb_rl.sweep.fill import fill
+from rtb_rl.sweep.rows import Failures, Rows, begun_cells, row_of
 
 CELLS = [Cell("task", "agent", seed, "data.hdf5", "program") for seed in range(3)]
 
@@ -79,7 +80,7 @@ def test_wherever_a_kill_cuts_the_file_it_is_whole_again(root):
     whole = filled(root)
     path = root / "rows.jsonl"
     begin = len(b"\n".join(whole.split(b"\n")[:2])) + 1
-    for cut in [begin + 1, (begin + len(whole)) // 2, len(whole) - 1]:
+    for cut in [begin + 1, (begin + len(whole)) // 2, len(whole) - 2]:
         path.write_bytes(whole[:cut])
         rows = Rows(root)
         assert rows.repaired is not None and f"({cut - begin} bytes)" in rows.repaired
@@ -90,6 +91,44 @@ def test_wherever_a_kill_cuts_the_file_it_is_whole_again(root):
         path.write_bytes(whole[:cut])
         assert Rows(root).repaired is None
         assert filled(root) == whole
+
+
+@pytest.mark.parametrize("change", [lambda text: text[:-1], lambda text: text + b"\n\n"])
+def test_a_whole_last_row_is_kept_whatever_its_end(change, root):
+    """One without its end was dropped: a cell whose directory was removed ran again."""
+    whole = filled(root)
+    (root / "rows.jsonl").write_bytes(change(whole))
+    rows = Rows(root)
+    assert rows.repaired is not None and set(rows.rows) == {cell.key for cell in CELLS}
+    assert (root / "rows.jsonl").read_bytes() == whole
+    assert Rows(root).repaired is None
+
+
+def execute_none(cells, root, *, started, ended):
+    assert not cells
+
+
+def test_a_row_that_was_cut_is_written_again_whichever_cells_are_asked_for(root):
+    whole = filled(root)
+    (root / "rows.jsonl").write_bytes(whole[:-9])
+    given = dict(every=CELLS, workers=1, retry=False)
+    assert fill(CELLS[:1], root, execute_none, **given) == 0
+    assert (root / "rows.jsonl").read_bytes() == whole
+
+
+def test_failures_of_cells_that_left_the_grid_are_forgotten(root):
+    filled(root)
+    gone = Cell("task", "other", 0, "data.hdf5", "program")
+    Failures(root).add(gone, Outcome("a bad option", 1))
+    assert fill(CELLS, root, execute_none, every=CELLS, workers=1, retry=False) == 0
+    assert not Failures(root).records
+
+
+def test_a_cell_has_begun_by_its_row_or_its_directory(root):
+    Rows(root).add(CELLS[0])
+    for cell in CELLS[:2]:
+        (root / cell.path / "config.json").unlink()
+    assert begun_cells(root) == {CELLS[0].key, CELLS[2].key}
 
 
 def test_a_last_line_of_zeros_is_taken_off(root):

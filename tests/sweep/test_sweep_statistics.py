@@ -8,6 +8,7 @@ from rtb_rl.sweep.statistics import (
     COVERAGE,
     DRAWS,
     aggregate_score,
+    balanced,
     interquartile_mean,
     mean_score,
     performance_profile,
@@ -81,10 +82,26 @@ def test_aggregate_covers_its_expectation():
 def test_resampling_never_mixes_tasks():
     constant = [np.full(3, 10.0), np.full(5, 70.0)]
     draws = resampled(constant, np.random.default_rng(0))
-    assert draws.shape == (DRAWS, 8)
-    assert (draws == np.repeat([10.0, 70.0], [3, 5])).all()
+    assert draws.shape == (DRAWS, 30)
+    assert (draws == np.repeat([10.0, 70.0], 15)).all()
     estimate = aggregate_score(constant)
     assert estimate.low == estimate.high == estimate.value
+
+
+def test_tasks_count_alike_however_many_runs_they_have():
+    """An agent without two seeds of the hard task led one with all: 90 against 50."""
+    easy, hard = np.full(3, 90.0), np.full(3, 10.0)
+    taus = np.array([50.0])
+    for few in (hard[:1], hard[:2], hard):
+        estimate = aggregate_score([easy, few])
+        assert (estimate.value, estimate.low, estimate.high) == (50.0, 50.0, 50.0)
+        profile = performance_profile([easy, few], taus)
+        assert profile.share == profile.low == profile.high == 0.5
+
+
+def test_equal_numbers_of_runs_are_taken_as_they_are():
+    runs = [np.array([1.0, 5.0, 2.0]), np.array([9.0, 3.0, 4.0])]
+    assert balanced(runs).tolist() == [1, 5, 2, 9, 3, 4]
 
 
 def test_a_single_run_a_task_has_no_interval():

@@ -20,11 +20,9 @@ from rtb_rl.rl.episodes.environments import make_environment
 from rtb_rl.rl.fitted import fitted_config
 from rtb_rl.rl.jobs.budget import Budget, Tuning, budget_for, find_tuning
 from rtb_rl.rl.jobs.job import Job
-from rtb_rl.rl.jobs.settings import JobSettings, Tilt, tilt_of
+from rtb_rl.rl.jobs.settings import JobSettings, tilt_of
 from rtb_rl.rl.jobs.shared_stages import complete_stages
-from rtb_rl.rl.posteriors.strength import check_rule
 from rtb_rl.training.run import Run
-from rtb_rl.training.settings import check_beta
 
 EMBEDDED = "hopper-medium-replay"
 COLLECTED = "local/hopper/medium-replay-"
@@ -45,17 +43,14 @@ def open_job(
     `own`: settings of the program beside the budget's, or what makes them of it; its run is tied
     to them as well. Raises InputError for data, environment, critic or directory that don't fit.
     """
+    settings.check()
     tilt = tilt_of(settings)
-    _check_numbers(settings, tilt)
-    if tilt.beta is not None:
-        check_beta(tilt.beta)
     tuning = _tuning(settings, tuning_file)
     budget = budget_for(settings.budget, tuning)
     if tilt.beta is not None:
         budget = budget.with_beta(tilt.beta)
-    check_rule(tilt.beta, tilt.ess, tilt.kl)
     if tilt.critic_steps is not None:
-        budget = _with_critic_steps(budget, tilt.critic_steps, tilt.critic)
+        budget = replace(budget, critic=replace(budget.critic, steps=tilt.critic_steps))
     given = own(budget) if callable(own) else own or {}
     dataset = _dataset(settings, budget)
     check_environment(dataset)
@@ -81,24 +76,6 @@ def open_job(
     run = Run(settings.out, config)
     Console().print(str(summarise(dataset)), highlight=False, soft_wrap=True)
     return Job(settings, tilt, dataset, budget, run)
-
-
-def _check_numbers(settings: JobSettings, tilt: Tilt) -> None:
-    least = {"seed": (settings.seed, 0), "curve": (settings.curve, 0)}
-    for name, (value, bound) in (least | {"candidates": (tilt.candidates, 1)}).items():
-        if value < bound:
-            raise InputError(f"--{name} is {value}; give at least {bound}")
-
-
-def _with_critic_steps(budget: Budget, steps: int, own: str | None) -> Budget:
-    if own is not None:
-        raise InputError(
-            f"--critic-steps {steps} is for a critic that is fitted, and --critic {own} comes as it"
-            " is; give one of the two"
-        )
-    if steps < 1:
-        raise InputError(f"--critic-steps is {steps}; give at least 1")
-    return replace(budget, critic=replace(budget.critic, steps=steps))
 
 
 def _tuning(settings: JobSettings, path: Path) -> Tuning:
@@ -151,16 +128,13 @@ def check_environment(dataset: TransitionDataset) -> None:
 
 
 def check_shared(settings: JobSettings, dataset: TransitionDataset, source: str) -> None:
-    """InputError where the run to share has no complete stage, or one that was fitted on other
-    data than this data set, which was read from `source`.
+    """InputError where the run to share was fitted on other data than this data set, which was
+    read from `source`.
     """
     share = settings.share
     assert share is not None
-    found = complete_stages(share)
-    if not found:
-        raise InputError(f"{share} holds no complete prior, critic or iql; give another --share")
     here = "--dataset is" if settings.dataset else "the data without --dataset is"
-    for told in (fitted_config(share / name) for name in found):
+    for told in (fitted_config(share / name) for name in complete_stages(share)):
         if told["dataset"] != dataset.name:
             raise InputError(
                 f"--share {share} was trained on {told['dataset']} and {here} {dataset.name};"

@@ -8,7 +8,11 @@ A program takes what it has a use for, so that an option without effect is an un
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from rtb_rl.errors import InputError
 from rtb_rl.rl.jobs.budget import BudgetName
+from rtb_rl.rl.jobs.shared_stages import complete_stages
+from rtb_rl.rl.posteriors.strength import check_rule
+from rtb_rl.training.settings import check_beta
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,25 @@ class JobSettings:
     """How many times the policy is evaluated while it is trained, 5 episodes each."""
     clip_actions: bool = False
     """Clip recorded actions outside the environment's box instead of refusing them."""
+
+    def check(self) -> None:
+        """InputError for options that no run can have, as far as they tell it without any data.
+
+        A program with numbers of its own adds to it; a grid asks before it starts anything.
+        """
+        tilt = tilt_of(self)
+        least = {"seed": (self.seed, 0), "curve": (self.curve, 0)}
+        for name, (value, bound) in (least | {"candidates": (tilt.candidates, 1)}).items():
+            if value < bound:
+                raise InputError(f"--{name} is {value}; give at least {bound}")
+        if tilt.beta is not None:
+            check_beta(tilt.beta)
+        check_rule(tilt.beta, tilt.ess, tilt.kl)
+        _check_critic_steps(tilt.critic_steps, tilt.critic)
+        if self.share is not None and not complete_stages(self.share):
+            raise InputError(
+                f"{self.share} holds no complete prior, critic or iql; give another --share"
+            )
 
 
 @dataclass(frozen=True)
@@ -82,3 +105,15 @@ def tilt_of(settings: JobSettings) -> Tilt:
     """Those of the program's settings that a `Tilt` has."""
     known = {f.name for f in fields(Tilt)}
     return Tilt(**{name: value for name, value in vars(settings).items() if name in known})
+
+
+def _check_critic_steps(steps: int | None, own: str | None) -> None:
+    if steps is None:
+        return
+    if own is not None:
+        raise InputError(
+            f"--critic-steps {steps} is for a critic that is fitted, and --critic {own} comes as it"
+            " is; give one of the two"
+        )
+    if steps < 1:
+        raise InputError(f"--critic-steps is {steps}; give at least 1")

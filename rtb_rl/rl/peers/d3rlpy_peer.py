@@ -62,11 +62,9 @@ def d3rlpy_versions(python: Path | None) -> Versions:
 
     Raises InputError where there is none, or none that imports d3rlpy 2 or later.
     """
-    if python is None:
-        raise InputError(f"no interpreter with d3rlpy was given; {CURE}")
     try:
         done = subprocess.run(
-            [str(python), "-I", str(WORKER), "versions"],
+            [str(given_interpreter(python)), "-I", str(WORKER), "versions"],
             capture_output=True,
             text=True,
             timeout=SECONDS_TO_IMPORT,
@@ -89,6 +87,13 @@ def d3rlpy_versions(python: Path | None) -> Versions:
     if generation < 2:
         raise InputError(f"{python} has d3rlpy {versions['d3rlpy']}, needed 2 or later; {CURE}")
     return versions
+
+
+def given_interpreter(python: Path | None) -> Path:
+    """The interpreter; InputError where none was given."""
+    if python is None:
+        raise InputError(f"no interpreter with d3rlpy was given; {CURE}")
+    return python
 
 
 def last_line(text: str) -> str:
