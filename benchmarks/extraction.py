@@ -141,6 +141,9 @@ def main(settings: Settings) -> None:
     """Measure every method of the runs; write rows and table."""
     if not settings.runs:
         raise InputError("no runs given; name the --out directories of finished runs with --runs")
+    for name in ("states", "draws"):
+        if getattr(settings, name) < 2:
+            raise InputError(f"--{name} is {getattr(settings, name)}; give at least 2")
     check_one_critic(settings.runs)
     rows = each_method_once([row for run in settings.runs for row in rows_of(run, settings)])
     write_comparison(settings.out, rows, table(rows))

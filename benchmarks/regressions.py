@@ -153,16 +153,17 @@ def mean_advantage(given: Setting, policy: GaussianPolicy) -> float:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: a row a source, its seeds side by side."""
+    score = "mean_return" if rows[0]["normalised_score"] is None else "normalised_score"
     lines = [
         f"{rows[0]['dataset']}, one critic; regressions of {rows[0]['gaussian']['steps']:,} steps,"
-        " mean action, normalised score of each seed.",
+        f" mean action, {score.replace('_', ' ')} of each seed.",
         "",
         "| actions of | scores | mean | E[Q - V] |",
         "| --- | --- | --- | --- |",
     ]
     for source in dict.fromkeys(row["source"] for row in rows):
         own = [row for row in rows if row["source"] == source]
-        scores = [row["normalised_score"] or row["mean_return"] for row in own]
+        scores = [row[score] for row in own]
         value = statistics.mean(row["advantage"] for row in own)
         told = ", ".join(f"{score:.1f}" for score in scores)
         lines.append(f"| {source} | {told} | {statistics.mean(scores):.1f} | {value:.2f} |")

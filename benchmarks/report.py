@@ -25,6 +25,9 @@ from rtb_rl.sweep.tables import (
     score_table,
 )
 
+CSV = ("scores", "improvement", "last_best", "published", "costs", "data", "runs", "failures")
+FIGURES = ("aggregate", "task_scores", "profiles", "improvement", "curves")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -72,7 +75,9 @@ def sections(
         ),
         Section("costs", "Time and memory", tables=[cost_table(comparison)]),
         Section("provenance", "Provenance", tables=[data_table(comparison), run_table(comparison)]),
-        Section("failures", "Cells that failed", tables=_there(failure_table(settings.rows))),
+        Section(
+            "failures", "Cells that failed", tables=_there(failure_table(settings.rows, comparison))
+        ),
     ]
     return [part for part in parts if part.tables or part.figures or part.remarks]
 
@@ -85,6 +90,13 @@ def markdown(title: str, sentence: str, parts: list[Section]) -> str:
         lines += [f"{remark}\n" for remark in part.remarks]
         lines += [f"![{figure.title}]({figure.name}.png)\n" for figure in part.figures]
     return "\n".join(lines)
+
+
+def remove_report(out: Path) -> None:
+    """The files of an earlier report in the directory: this one may be without some of them."""
+    figures = [f"{stem}.{kind}" for stem in FIGURES for kind in ("png", "svg")]
+    for name in (*figures, *(f"{stem}.csv" for stem in CSV)):
+        (out / name).unlink(missing_ok=True)
 
 
 def main(settings: Settings) -> None:
@@ -100,6 +112,7 @@ def main(settings: Settings) -> None:
             f"{', '.join(comparison.complete) or 'none'}; name one of them"
         )
     settings.out.mkdir(parents=True, exist_ok=True)
+    remove_report(settings.out)
     drawn = draw_figures(settings.out, comparison, aggregates, focus)
     figures = {figure.name: figure for figure in drawn}
     parts = sections(settings, comparison, aggregates, figures)

@@ -18,6 +18,7 @@ Row = Mapping[str, Any]
 NEEDED = ("agent", "task", "seed", "dataset", "data_sha256", "origin", "env_id", "returns")
 SAME_IN_TASK = ("data_sha256", "origin", "env_id", "reference_returns")
 SAME_IN_CELL = ("method", "budget", "overrides")
+SAME_OF_AGENT = ("program", "method")
 BETA_BY_RULE = ("ess", "kl")
 """Overrides by which beta follows from prior and critic, and so from the seed."""
 
@@ -55,6 +56,10 @@ class Comparison:
     def __post_init__(self) -> None:
         if not self.rows:
             raise InputError("there are no rows to report; name files of finished runs with --rows")
+        for agent in self.agents:
+            for key in SAME_OF_AGENT:  # rows of scripts of one's own may lack them
+                told = [row for row in self.of(agent=agent) if row.get(key) is not None]
+                _check_same(told, (key,), f"agent {agent!r}")
         for task in self.tasks:
             _check_same(self.of(task=task), SAME_IN_TASK, f"task {task!r}")
             for agent in self.agents:

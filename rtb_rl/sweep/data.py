@@ -12,7 +12,7 @@ import numpy as np
 
 from rtb_rl.errors import InputError
 from rtb_rl.rl import load_dataset
-from rtb_rl.rl.catalogue import D4RL_TASKS, OGBENCH
+from rtb_rl.rl.catalogue import D4RL_TASKS, OGBENCH, environment_of
 from rtb_rl.rl.jobs.opening import check_environment
 from rtb_rl.sweep.grid import Grid
 
@@ -70,9 +70,13 @@ def _located(source: str) -> str:
 
 
 def _check(dataset: str, grid: Grid, task: str) -> str:
-    """SHA-256 of the data, which are those that every agent would train on."""
+    """SHA-256 of the data, which are those that every agent would train on.
+
+    InputError where agents would be evaluated in different environments: no table has both.
+    """
     digest = ""
     seen: list[dict[str, Any]] = []
+    environments: dict[str, str | None] = {}
     for agent in grid.agents:
         overrides = grid.overrides(task, agent)
         options = {key: overrides[key] for key in ("env_id", "clip_actions") if key in overrides}
@@ -81,7 +85,12 @@ def _check(dataset: str, grid: Grid, task: str) -> str:
         seen.append(options)
         loaded = load_dataset(dataset, **options)
         check_environment(loaded)
-        digest = loaded.sha256
+        digest, environments[agent] = loaded.sha256, loaded.env_id
+    if len(set(environments.values())) > 1:
+        (one, here), (other, there) = _first_two(environments)
+        raise InputError(
+            f"{one} is evaluated in {here} and {other} in {there}; give env_id once, for the task"
+        )
     return digest
 
 
@@ -103,7 +112,11 @@ def mix(sources: Sequence[str], path: Path) -> Path:
                 "give another --out or take the old files back"
             )
         return path
+    for source, digest in zip(sources, digests, strict=True):
+        if digests.count(digest) > 1:
+            raise InputError(f"the mixture holds {source} twice; name each file once")
     files = {source: _read(source) for source in sources}
+    _check_environments(files)
     arrays = {key: _joined(files, key) for key in _shared_keys(files)}
     attributes = _shared_attributes(files)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -184,6 +197,17 @@ def _shared_attributes(files: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]
         if (value := next(iter(values.values()))) is not None:
             shared[key] = value
     return shared
+
+
+def _check_environments(files: Mapping[str, Mapping[str, Any]]) -> None:
+    """InputError for files of D4RL tasks of different environments: these don't say which it is,
+    and rows of HalfCheetah and Walker2d have the same shapes.
+    """
+    silent = [s for s, content in files.items() if not content.get("env", content.get("env_id"))]
+    known = {s: found.env_id for s in silent if (found := environment_of(Path(s).stem))}
+    if len(set(known.values())) > 1:
+        (one, here), (other, there) = _first_two(known)
+        raise InputError(f"{one} is of {here} and {other} of {there}; mix files of one environment")
 
 
 def _first_two(values: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -17,6 +17,7 @@ LINES = ("-", "--", ":", "-.")
 INK = "#1b1f24"
 """Colour of all text and axes; the page replaces it by that of its own text."""
 COLUMNS = 3
+LEGEND_LINE = 0.215  # inches
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 9,
@@ -106,10 +107,12 @@ def grid(panels: int, height: float) -> tuple[Any, list[Any]]:
 
 
 def legend(figure, *axes) -> None:
-    """Below the panels, in as many columns as its names leave room for."""
+    """Below the panels, in as many columns as its names leave room for; the figure grows by it."""
     handles = {name: h for axis in axes for h, name in zip(*axis.get_legend_handles_labels())}
     inches = 0.55 + 0.075 * max(map(len, handles))
     columns = max(1, min(len(handles), int(figure.get_figwidth() / inches)))
+    lines = -(-len(handles) // columns)
+    figure.set_figheight(figure.get_figheight() + LEGEND_LINE * lines)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
 
 

@@ -46,7 +46,7 @@ def draw_figures(
             if focus and len(aggregates.interquartile) > 1
             else None,
             save(out, "curves", draw_curves(comparison, style))
-            if any(row.get("curve") for row in comparison.rows)
+            if any(True for task in comparison.tasks for _ in task_curves(comparison, task))
             else None,
         ]
     return [figure for figure in drawn if figure]
@@ -138,13 +138,10 @@ def draw_improvement(
 
 def draw_curves(comparison: Comparison, style: Mapping[str, Look]) -> tuple[Any, str, str]:
     """Score against the share of training done: mean over seeds, and its interval as a band."""
-    tasks = [t for t in comparison.tasks if any(row.get("curve") for row in comparison.of(t))]
+    tasks = [t for t in comparison.tasks if any(True for _ in task_curves(comparison, t))]
     figure, axes = grid(len(tasks), 2.5)
     for position, (task, axis) in enumerate(zip(tasks, axes, strict=True)):
-        for agent in comparison.agents:
-            points = list(curve_points(comparison.of(task, agent)))
-            if not points:
-                continue
+        for agent, points in task_curves(comparison, task):
             share, estimates = zip(*points, strict=True)
             look = style[agent]
             values = [estimate.value for estimate in estimates]
@@ -181,6 +178,15 @@ def _bars(aggregates: Aggregates) -> str:
 def unit(comparison: Comparison, task: str) -> str:
     """What scores of a task are."""
     return "normalised score" if task in comparison.normalised_tasks else "return"
+
+
+def task_curves(
+    comparison: Comparison, task: str
+) -> Iterator[tuple[str, list[tuple[float, Estimate]]]]:
+    """(agent, its curve) for those that have points on the task."""
+    for agent in comparison.agents:
+        if points := list(curve_points(comparison.of(task, agent))):
+            yield agent, points
 
 
 def curve_points(rows: Sequence[Row]) -> Iterator[tuple[float, Estimate]]:

@@ -38,10 +38,11 @@ table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tab
 th, td { padding: .35rem .6rem; text-align: left; white-space: nowrap; vertical-align: top; }
 td.wide { white-space: normal; min-width: 14rem; }
 thead th { background: var(--band); position: sticky; top: 0; z-index: 1; }
-td small { display: block; color: var(--soft); font-size: .75rem; }
+th small, td small { display: block; color: var(--soft); font-size: .75rem; }
 tbody tr > * { border-top: 1px solid var(--line); }
 tbody th { font-weight: normal; position: sticky; left: 0; background: var(--paper); }
 thead th:first-child { left: 0; z-index: 2; }
+tbody th { overflow-wrap: anywhere; }
 @media (max-width: 40rem) { tbody th { white-space: normal; min-width: 7.5rem; } }
 .figures { display: flex; flex-wrap: wrap; gap: 0 1.5rem; align-items: start; }
 figure { margin: 0 0 1.5rem; max-width: 100%; width: min-content; }
@@ -120,9 +121,13 @@ def _section(section: Section) -> str:
 
 
 def _table(table: Table, *, titled: bool) -> str:
-    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in table.header)
+    by_task = tuple(table.header[:2]) == ("task", "agent")  # one name of a line stays in view
+    header = ["agent, task", *table.header[2:]] if by_task else table.header
+    head = "".join(f'<th scope="col">{escape(text)}</th>' for text in header)
     lines = []
     for first, *rest in table.rows:
+        if by_task:
+            first, rest = Cell(rest[0].text, interval=first.text), rest[1:]
         cells = "".join(map(_cell, rest))
         lines.append(f'<tr><th scope="row">{_text(first)}</th>{cells}</tr>')
     body = "\n".join(lines)

@@ -102,8 +102,11 @@ def run_table(comparison: Comparison) -> Table:
     return Table("runs", "Runs", [*header, "commit", "made"], rows)
 
 
-def failure_table(paths: Sequence[Path]) -> Table | None:
-    """Cells that failed, from the failures.jsonl beside each file of rows; None without one."""
+def failure_table(paths: Sequence[Path], comparison: Comparison) -> Table | None:
+    """Cells that failed and have no row, from the failures.jsonl beside each file of rows; None
+    without one.
+    """
+    finished = {(row["task"], row["agent"], row["seed"]) for row in comparison.rows}
     failed = [
         _failure(line, f"{path} line {number}")
         for path in sorted({path.parent / "failures.jsonl" for path in paths})
@@ -111,6 +114,7 @@ def failure_table(paths: Sequence[Path]) -> Table | None:
         for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1)
         if line.strip()
     ]
+    failed = [f for f in failed if (f.get("task"), f.get("agent"), f.get("seed")) not in finished]
     if not failed:
         return None
     keys = ("task", "agent", "seed", "error")

@@ -236,7 +236,7 @@ def _aggregate_remarks(comparison: Comparison) -> list[str]:
         return [f"{text}; with one run a task there's no interval over runs.", *remarks]
     text += "; its interval is that of a bootstrap of runs inside each task (arXiv 2108.13264)."
     if len(sizes) > 1:
-        text += " Cells differ in their number of seeds: a task with more weighs more."
+        text += " Cells differ in their number of seeds; tasks count alike."
     if 1 in sizes:
         text += " A cell of one seed adds nothing to the width of that interval."
     return [text, *remarks]

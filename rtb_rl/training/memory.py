@@ -24,10 +24,19 @@ def _peak_after(work: Callable[[], object]) -> float:
     return peak_of_this_process() / 1024**2
 
 
+def peak_of_this_run() -> int:
+    """That of this process, or of the largest that it has started and that has ended: bytes."""
+    children = _in_bytes(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+    return max(peak_of_this_process(), children)
+
+
 def peak_of_this_process() -> int:
     """Largest resident memory so far, bytes, libraries included."""
     if STATUS.exists():  # what getrusage says includes the parent's peak on Linux
         line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return _in_bytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def _in_bytes(peak: int) -> int:
     return peak if sys.platform == "darwin" else peak * 1024

@@ -1,6 +1,9 @@
 """Rows of extraction: each method once."""
 
-from rtb_rl.benchmarks.extraction import each_method_once, table
+import pytest
+from rtb_rl.benchmarks.extraction import Settings, each_method_once, main, table
+
+from rtb_rl.errors import InputError
 
 
 def row(run, method, **changes):
@@ -35,3 +38,9 @@ def test_one_method_with_two_settings_is_two_rows_named_by_their_runs():
     assert rows == given
     text = table(rows)
     assert "| rtb, three |" in text and "| rtb, six |" in text and "| prior |" in text
+
+
+@pytest.mark.parametrize("given", [dict(states=0), dict(states=1), dict(draws=1)])
+def test_too_few_states_or_draws_for_an_error_are_refused(given, tmp_path):
+    with pytest.raises(InputError, match="is [01]; give at least 2"):
+        main(Settings(runs=(tmp_path,), **given))

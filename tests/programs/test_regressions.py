@@ -97,3 +97,11 @@ def test_runs_that_lack_something_are_refused(runs, tmp_path):
         with pytest.raises(InputError, match=words):
             regressions.main(regressions.Settings(**given, **changed))
     assert not (tmp_path / "out").exists()
+
+
+def test_returns_are_not_called_scores_where_there_are_no_references():
+    line = {"dataset": "pendulum", "source": "data", "gaussian": {"steps": 3}, "advantage": 0.5}
+    told = regressions.table([{**line, "normalised_score": None, "mean_return": -1681.0}])
+    assert "mean action, mean return of each seed" in told and "| data | -1681.0 |" in told
+    told = regressions.table([{**line, "normalised_score": 0.0, "mean_return": -20.0}])
+    assert "mean action, normalised score of each seed" in told and "| data | 0.0 |" in told

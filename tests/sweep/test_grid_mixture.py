@@ -7,11 +7,13 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from gymnasium.envs.registration import register
 from tiny_grids import write_episodes
 
 from rtb_rl.errors import InputError
 from rtb_rl.rl import load_dataset
-from rtb_rl.sweep.data import mix
+from rtb_rl.sweep.data import check_data, mix
+from rtb_rl.sweep.grid import Grid
 
 
 @pytest.fixture
@@ -116,3 +118,37 @@ def test_files_that_do_not_belong_together_are_refused(change, complaint, two, t
 def test_a_name_that_is_no_file_is_refused(two, tmp_path):
     with pytest.raises(InputError, match="there is no file hopper-medium-v2; a mixture is made"):
         mix([two[0], "hopper-medium-v2"], Path(tmp_path / "both.hdf5"))
+
+
+def test_files_of_two_environments_that_do_not_say_so_are_refused(tmp_path):
+    """D4RL's files have no attributes, and HalfCheetah and Walker2d have the same shapes."""
+    names = ("halfcheetah_medium-v2", "walker2d_medium-v2")
+    files = [
+        write_episodes(tmp_path / f"{name}.hdf5", seed=seed, env="")
+        for seed, name in enumerate(names)
+    ]
+    with pytest.raises(InputError, match="is of HalfCheetah-v4 and .*walker2d.* of Walker2d-v4"):
+        mix(files, tmp_path / "both.hdf5")
+
+
+def test_one_file_twice_is_no_mixture(two, tmp_path):
+    copy = tmp_path / "copy.hdf5"
+    copy.write_bytes(Path(two[0]).read_bytes())
+    with pytest.raises(InputError, match="the mixture holds .*medium.hdf5 twice"):
+        mix([two[0], str(copy)], tmp_path / "both.hdf5")
+
+
+def test_agents_in_two_environments_are_no_task(tmp_path):
+    path = write_episodes(tmp_path / "own.hdf5")
+    grid = Grid(
+        ("iql", "td3_bc"),
+        (0,),
+        {},
+        {"own": {"dataset": path}},
+        {"td3_bc": {"env_id": "rtb_rl_pendulum/Pendulum-v1"}},
+    )
+    register(
+        id="rtb_rl_pendulum/Pendulum-v1", entry_point="gymnasium.envs.classic_control:PendulumEnv"
+    )
+    with pytest.raises(InputError, match="iql is evaluated in Pendulum-v1 and td3_bc in rtb_rl_p"):
+        check_data(grid, {"own": path})

@@ -177,3 +177,10 @@ def test_an_agent_of_single_runs_is_never_claimed_to_be_better(counts):
 def test_with_several_runs_on_every_task_nothing_is_marked():
     found = aggregate(Comparison(tuple(grid(MEANS))))
     assert "\u2020" not in improvement_table(found).markdown()
+
+
+def test_one_name_for_two_programs_is_refused():
+    rows = [row("mine", "a", program="iql"), row("mine", "b", program="rtb_iql")]
+    with pytest.raises(InputError, match="agent 'mine': runs differ in program, \"iql\""):
+        Comparison(tuple(rows))
+    assert Comparison((rows[0], row("mine", "b"))).agents == ("mine",)

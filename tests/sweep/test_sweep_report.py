@@ -13,8 +13,8 @@ from rtb_rl.errors import InputError
 from rtb_rl.sweep.aggregates import aggregate
 from rtb_rl.sweep.comparison import Comparison
 from rtb_rl.sweep.drawing import COLOURS, looks
-from rtb_rl.sweep.figures import curve_points, draw_figures
-from rtb_rl.sweep.page import inlined, page
+from rtb_rl.sweep.figures import curve_points, draw_curves, draw_figures
+from rtb_rl.sweep.page import Section, inlined, page
 from rtb_rl.sweep.provenance import cost_table, data_table, failure_table, run_table
 from rtb_rl.sweep.published import PUBLISHED, TASKS, published_remarks, published_table
 from rtb_rl.sweep.tables import Cell, Table, last_best_table, score_table
@@ -290,6 +290,35 @@ def test_the_report_has_its_files(written):
     assert "origin 'file'" in text and "published.csv" not in names
 
 
+def test_a_line_keeps_its_agent_in_view_when_a_table_is_scrolled():
+    """Only the first cell stays where it is, and under one task that says nothing."""
+    table = Table("t", "T", ["task", "agent", "process"], [[Cell("a"), Cell("x"), Cell("1 s")]])
+    text = page("T", "H", [Section("t", "T", tables=[table])])
+    assert '<th scope="row">x<small>a</small></th><td>1 s</td>' in text
+    assert '<th scope="col">agent, task</th><th scope="col">process</th>' in text
+
+
+def test_a_legend_takes_no_height_from_the_curves(tmp_path):
+    """With twenty agents it had more than half of the figure."""
+    heights = {}
+    for count in (2, 20):
+        curve = [point(5, 50.0), point(10, 60.0)]
+        rows = [row(f"an agent with a name, {n}", curve=curve) for n in range(count)]
+        comparison = Comparison(tuple(rows))
+        figure, _, _ = draw_curves(comparison, looks(comparison.agents))
+        figure.canvas.draw()
+        heights[count] = figure.axes[0].get_window_extent().height / figure.dpi
+    assert heights[20] > 0.85 * heights[2]
+
+
+def test_curves_without_a_common_step_are_left_out(tmp_path):
+    curves = ([point(5, 50.0)], [point(6, 60.0)])
+    rows = [row(seed=seed, curve=curve) for seed, curve in enumerate(curves)]
+    comparison = Comparison(tuple(rows))
+    drawn = draw_figures(tmp_path, comparison, aggregate(comparison), None)
+    assert "curves" not in {figure.name for figure in drawn}
+
+
 def test_a_page_without_figures_is_whole():
     outline = Outline(page("T", "H", []))
     assert not outline.open and "T" in outline.text
@@ -297,12 +326,34 @@ def test_a_page_without_figures_is_whole():
 
 def test_failures_are_read_beside_the_rows(tmp_path):
     path = write(tmp_path / "rows.jsonl", [row()])
-    assert failure_table([path]) is None
+    comparison = Comparison((row(),))
+    assert failure_table([path], comparison) is None
     write(tmp_path / "failures.jsonl", [])
-    assert failure_table([path, path]) is None
+    assert failure_table([path, path], comparison) is None
     (tmp_path / "failures.jsonl").write_text('{"task": ')
     with pytest.raises(InputError, match="line 1 is not a whole row"):
-        failure_table([path])
+        failure_table([path], comparison)
+
+
+def test_a_failure_whose_cell_has_a_row_since_is_none(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [row(seed=0)])
+    failed = [{"task": "hopper", "agent": "iql", "seed": n, "error": "boom"} for n in (0, 1)]
+    write(tmp_path / "failures.jsonl", failed)
+    table = failure_table([path], Comparison((row(seed=0),)))
+    assert table is not None and [line[2].text for line in table.rows] == ["1"]
+
+
+def test_a_later_report_leaves_nothing_of_an_earlier_one(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [row()])
+    write(tmp_path / "failures.jsonl", [{"task": "a", "agent": "z", "seed": 0, "error": "boom"}])
+    report.main(report.Settings((path,), tmp_path / "out"))
+    assert (tmp_path / "out" / "failures.csv").exists()
+    (tmp_path / "failures.jsonl").unlink()
+    report.main(report.Settings((path,), tmp_path / "out"))
+    assert not (tmp_path / "out" / "failures.csv").exists()
+    parts = {*report.CSV, *report.FIGURES}
+    written = {p.stem for p in (tmp_path / "out").iterdir() if p.suffix in {".csv", ".png", ".svg"}}
+    assert written and written <= parts
 
 
 def test_mistakes_are_refused_before_anything_is_written(tmp_path):

@@ -37,7 +37,7 @@ from rtb_rl.rl.posteriors.amortised import AmortisedSettings, fit_amortised
 from rtb_rl.rl.posteriors.posterior import PosteriorSettings, fit_posterior
 from rtb_rl.rl.posteriors.prior import ActionDiffusion, fit_prior
 from rtb_rl.rl.posteriors.strength import beta_for_ess
-from rtb_rl.training.memory import peak_of_this_process
+from rtb_rl.training.memory import peak_of_this_run
 from rtb_rl.training.run import Run
 from rtb_rl.training.seeding import generator_for
 from rtb_rl.training.stage import fingerprint
@@ -250,7 +250,7 @@ class Job:
                 "curve": curve.points,
                 "best": curve.best,
                 "wall_seconds": time.monotonic() - self.begun,
-                "peak_memory_bytes": peak_of_this_process(),
+                "peak_memory_bytes": peak_of_this_run(),
             }
         )
         print_end(self.out, timings, curve, trained)
