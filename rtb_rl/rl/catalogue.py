@@ -8,7 +8,7 @@ maintained environments are Gymnasium's `*-v4`: same model files and rewards, ne
 import difflib
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from types import MappingProxyType
 from typing import Any
@@ -31,8 +31,8 @@ class D4RLEnvironment:
     """One environment of D4RL.
 
     `env_id` is what `environments.make_environment` evaluates in (a Gymnasium id, or D4RL's name of
-    a maze or kitchen whose frame has to be restored), `simulator` the registered id underneath,
-    `horizon` D4RL's limit in steps; `note` says how recorded observations differ from it.
+    a task that has to be restored), `simulator` the registered id underneath, `horizon` D4RL's
+    limit in steps; `note` says how recorded observations differ from it.
     """
 
     env_id: str
@@ -90,6 +90,11 @@ def _maze2d(size: str, horizon: int) -> D4RLEnvironment:
     return _gymnasium(f"PointMaze_{size}-v3", horizon, note)
 
 
+def _open_maze(kind: str) -> D4RLEnvironment:
+    maze = _maze2d(f"Open{kind}", 150)  # registered with 300 steps
+    return replace(maze, env_id="maze2d-open-dense" if kind else "maze2d-open")
+
+
 ENVIRONMENTS: Mapping[str, D4RLEnvironment] = MappingProxyType(
     {
         "halfcheetah": _gymnasium("HalfCheetah-v4", 1000),
@@ -104,15 +109,15 @@ ENVIRONMENTS: Mapping[str, D4RLEnvironment] = MappingProxyType(
         "kitchen-complete": _kitchen("complete"),
         "kitchen-partial": _kitchen("partial"),
         "kitchen-mixed": _kitchen("mixed"),
-        "pen": _gymnasium("AdroitHandPen-v1", 100),
+        "pen": D4RLEnvironment("pen", 100, "AdroitHandPen-v1"),
         "hammer": _gymnasium("AdroitHandHammer-v1", 200),
         "relocate": _gymnasium("AdroitHandRelocate-v1", 200),
         "door": _gymnasium("AdroitHandDoor-v1", 200),
-        "maze2d-open": _maze2d("Open", 150),
+        "maze2d-open": _open_maze(""),
         "maze2d-umaze": _maze2d("UMaze", 300),
         "maze2d-medium": _maze2d("Medium", 600),
         "maze2d-large": _maze2d("Large", 800),
-        "maze2d-open-dense": _maze2d("OpenDense", 150),
+        "maze2d-open-dense": _open_maze("Dense"),
         "maze2d-umaze-dense": _maze2d("UMazeDense", 300),
         "maze2d-medium-dense": _maze2d("MediumDense", 600),
         "maze2d-large-dense": _maze2d("LargeDense", 800),

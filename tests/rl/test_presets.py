@@ -137,6 +137,8 @@ def test_rewards_of_a_file_are_treated_as_those_of_its_task():
         ("D4RL/door/human-v2", None, "recorded"),
         ("D4RL/kitchen/complete-v2", None, "recorded"),
         ("mine", "AdroitHandPen-v1", "recorded"),
+        ("mine", "pen", "recorded"),
+        ("mine", "pen-human-v1", "recorded"),
         ("mine", "FrankaKitchen-v1", "recorded"),
         ("mine", "AntMaze_Large_Diverse_GR-v4", "minus one"),
         ("mine", "AntMaze_UMazeDense-v4", "scaled"),

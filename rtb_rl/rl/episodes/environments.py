@@ -1,11 +1,10 @@
 """Gymnasium environments whose observations are the flat float vectors that data sets store.
 
 An environment id is a Gymnasium id (`Hopper-v5`, `AdroitHandDoor-v1`, ...), taken as it is but for
-dict observations, which become one vector (`flat_keys`). Or it is D4RL's own name of an ant,
-antmaze or kitchen task (`ant-medium-v2`, `antmaze-umaze`, `kitchen-partial-v0`): no Gymnasium id
-reproduces those, so their frame, physics and observation are restored here after arXiv 2004.07219
-and its code release; see `D4RLAnt`, `D4RLAntMaze` and `D4RLKitchen`. Or, with `ogbench:` in front,
-a single task of OGBench, whose return is its success: see `ogbench_environment`.
+dict observations, which become one vector (`flat_keys`). Or it is D4RL's own name of a task that no
+Gymnasium id reproduces (`antmaze-umaze`, `kitchen-partial-v0`): see `d4rl_environments`. Or, with
+`ogbench:` in front, a single task of OGBench, whose return is its success: see
+`ogbench_environment`.
 """
 
 import contextlib
@@ -22,31 +21,10 @@ from gymnasium import spaces
 
 from rtb_rl.errors import InputError
 from rtb_rl.rl.catalogue import OGBENCH
+from rtb_rl.rl.episodes.d4rl_environments import d4rl_environment
 from rtb_rl.rl.episodes.ogbench_environment import make_ogbench_environment
 
 ROBOTICS = re.compile(r"(AntMaze|PointMaze|AdroitHand|FrankaKitchen|Fetch|HandReach|HandManip)")
-D4RL_ANTMAZE = re.compile(r"antmaze-(umaze|medium|large)(-diverse|-play)?(-v[012])?")
-D4RL_ANT = re.compile(r"ant(-(random|medium|expert|(medium|full)-replay|medium-expert))?(-v[012])?")
-D4RL_KITCHEN = re.compile(r"kitchen-(complete|partial|mixed)(-v0)?")
-
-# D4RL's evaluation mazes, first row at the smallest y: # wall, R start, G goal.
-ANTMAZE_MAPS = {
-    "umaze": ("AntMaze_UMaze-v4", "##### #R..# ###.# #G..# #####"),
-    "medium": (
-        "AntMaze_Medium-v4",
-        "######## #R.##..# #..#...# ##...### #..#...# #.#..#.# #...#.G# ########",
-    ),
-    "large": (
-        "AntMaze_Large-v4",
-        "############ #R...#.....# #.##.#.#.#.# #......#...# #.####.###.# "
-        "#..#.#.....# ##.#.#.#.### #..#...#.G.# ############",
-    ),
-}
-KITCHEN_TASKS = {
-    "complete": ("microwave", "kettle", "light switch", "slide cabinet"),
-    "partial": ("microwave", "kettle", "light switch", "slide cabinet"),
-    "mixed": ("microwave", "kettle", "bottom burner", "light switch"),
-}
 
 
 def make_environment(env_id: str, *, render_mode: str | None = None) -> gymnasium.Env:
@@ -57,17 +35,10 @@ def make_environment(env_id: str, *, render_mode: str | None = None) -> gymnasiu
     """
     if env_id.startswith(OGBENCH):
         return make_ogbench_environment(env_id, render_mode)
-    if match := D4RL_ANTMAZE.fullmatch(env_id):
-        env_name, layout = ANTMAZE_MAPS[match[1]]
-        maze_map = [[{"#": 1, ".": 0}.get(c, c.lower()) for c in row] for row in layout.split()]
-        env = _make(env_name, render_mode, maze_map=maze_map[::-1])
-        return D4RLAntMaze(env)
-    if match := D4RL_KITCHEN.fullmatch(env_id):
-        tasks = KITCHEN_TASKS[match[1]]
-        return D4RLKitchen(_make("FrankaKitchen-v1", render_mode, tasks_to_complete=list(tasks)))
-    if D4RL_ANT.fullmatch(env_id):
-        return D4RLAnt(_make("Ant-v4", render_mode))
-    env = _make(env_id, render_mode)
+    registered, options, restored = d4rl_environment(env_id) or (env_id, {}, None)
+    env = _make(registered, render_mode, **options)
+    if restored is not None:
+        return restored(env)
     if isinstance(env.observation_space, spaces.Dict):
         env = FlatObservation(env, flat_keys(env_id))
     space = env.observation_space
@@ -127,7 +98,8 @@ def flat_keys(env_id: str) -> tuple[str, ...] | None:
     """
     if env_id.startswith("AntMaze"):
         return ("achieved_goal", "observation")
-    return ("observation",) if env_id.startswith(("PointMaze", "FrankaKitchen")) else None
+    mazes_and_kitchen = ("PointMaze", "maze2d", "FrankaKitchen")
+    return ("observation",) if env_id.startswith(mazes_and_kitchen) else None
 
 
 class FlatObservation(gymnasium.ObservationWrapper):
@@ -145,80 +117,6 @@ class FlatObservation(gymnasium.ObservationWrapper):
         if self.keys is None:
             return spaces.flatten(self.dict_space, observation)  # pyright: ignore
         return np.concatenate([observation[key] for key in self.keys])
-
-
-class D4RLAntMaze(gymnasium.Wrapper):
-    """D4RL's antmaze of the `-v2` tasks (29 numbers, no goal) on gymnasium-robotics' AntMaze.
-
-    What differs there and is put back: the origin is the start cell; rows run towards larger y (by
-    a map upside down); the ant moves 0.1 s a step with torques up to 30 (there 0.05 s and 150);
-    start noise 0.1; the goal is drawn anew each episode within [0, 1.5] of its cell; coming within
-    0.5 of it pays 1 and ends the episode.
-    """
-
-    GOAL_RADIUS = 0.5
-
-    def __init__(self, env: gymnasium.Env):
-        super().__init__(env)
-        self.maze: Any = env.unwrapped
-        self.maze.position_noise_range = 0.0
-        self.maze.ant_env._reset_noise_scale = 0.1
-        model = self.maze.ant_env.model
-        model.opt.timestep = 0.02
-        model.actuator_gear[:, 0] = 30.0
-        model.geom_solimp[:, :3] = 0.8, 0.8, 0.01
-        self.origin = self.maze.maze.unique_reset_locations[0].copy()
-        self.observation_space = spaces.Box(-np.inf, np.inf, (29,), np.float64)
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
-        observation, metrics = self.env.reset(seed=seed, options=options)
-        random = self.maze.np_random
-        self.maze.goal = self.maze.goal + random.uniform(0, 1, 2) + random.uniform(0, 0.5, 2)
-        self.maze.update_target_site_pos()
-        return self._flat(observation), metrics
-
-    def step(self, action: Any):
-        observation, _, _, truncated, metrics = self.env.step(action)
-        distance = np.linalg.norm(observation["achieved_goal"] - self.maze.goal)
-        reached = bool(distance <= self.GOAL_RADIUS)
-        return self._flat(observation), float(reached), reached, truncated, metrics
-
-    def _flat(self, observation: dict[str, np.ndarray]) -> np.ndarray:
-        position = observation["achieved_goal"] - self.origin
-        return np.concatenate([position, observation["observation"]])
-
-
-class D4RLAnt(gymnasium.ObservationWrapper):
-    """D4RL's ant: the 27 numbers of Ant-v4 and 84 contact forces that its simulator left at 0."""
-
-    def __init__(self, env: gymnasium.Env):
-        super().__init__(env)
-        self.observation_space = spaces.Box(-np.inf, np.inf, (111,), np.float64)
-
-    def observation(self, observation: np.ndarray) -> np.ndarray:
-        return np.concatenate([observation, np.zeros(84)])
-
-
-class D4RLKitchen(gymnasium.ObservationWrapper):
-    """D4RL's kitchen: 9 joint positions, 21 object positions, 30 of the goal (0 outside the tasks).
-
-    FrankaKitchen-v1 observes 59 other numbers: joint and object positions and velocities, no goal.
-    Physics and reward (1 for each task when first completed; the last ends the episode) are its.
-    """
-
-    def __init__(self, env: gymnasium.Env):
-        super().__init__(env)
-        from gymnasium_robotics.envs.franka_kitchen import kitchen_env  # pyright: ignore
-
-        kitchen: Any = env.unwrapped
-        self.goal = np.zeros(30)
-        for task, values in kitchen.goal.items():
-            self.goal[kitchen_env.OBS_ELEMENT_INDICES[task]] = values
-        self.observation_space = spaces.Box(-np.inf, np.inf, (60,), np.float64)
-
-    def observation(self, observation: dict[str, np.ndarray]) -> np.ndarray:
-        joints = observation["observation"]
-        return np.concatenate([joints[:9], joints[18:39], self.goal])
 
 
 def action_box(env: gymnasium.Env) -> tuple[np.ndarray, np.ndarray]:

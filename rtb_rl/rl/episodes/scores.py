@@ -166,7 +166,7 @@ def critic_rewards(
     known = (plain, environment.env_id if environment else "", env_id or "")
     if any(re.match(r"antmaze(?!.*dense)", told, re.IGNORECASE) for told in known):
         return "minus one"
-    recorded = any(re.match(r"kitchen|FrankaKitchen|AdroitHand", told) for told in known)
+    recorded = any(re.match(r"kitchen|FrankaKitchen|AdroitHand|pen\b", told) for told in known)
     return "recorded" if recorded else "scaled"
 
 
