@@ -19,6 +19,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from rich.progress import Progress
 
 from rtb_rl.errors import InputError
 from rtb_rl.rl.data.behaviour import ENVIRONMENTS, UniformPolicy, behaviour_file, load_behaviours
+from rtb_rl.rl.data.file_lock import data_set_lock, held_lock
 from rtb_rl.rl.episodes.environments import action_box, make_environment
 from rtb_rl.rl.episodes.evaluation import Policy, derived_seed
 from rtb_rl.rl.episodes.rollout import roll_out
@@ -58,22 +60,28 @@ def collect(
     The id is `local/<environment>/<level>-v0` unless given; the folder is Minari's own
     (MINARI_DATASETS_PATH, or in the home folder) unless given. The arrays are a function of recipe,
     steps, seed and software versions. A data set of this id that was made from the same is kept;
-    any other is an InputError unless `overwrite`. Nothing half-written is left under the id.
+    any other is an InputError unless `overwrite`. Nothing half-written is left under the id. What
+    another process collects under it is waited for.
     """
     name, level = split_recipe(recipe)
     dataset_id = dataset_id or f"local/{name}/{level}-v0"
     _check(dataset_id, steps, seed)
     stamp = _stamp(name, level, steps, seed)
     with _minari_folder(datasets_path) as root:
-        if not overwrite and _is_kept(root / dataset_id, dataset_id, stamp):
-            Console(stderr=True).print(f"{dataset_id}: was made with the same settings; kept")
-            return dataset_id
-        Console(stderr=True).print(f"{dataset_id}: collecting {steps} steps", highlight=False)
-        with _staging(root) as staging:
-            episodes = _episodes(recipe, recipe_policies(name, level), steps, seed)
-            with _minari_folder(staging):
-                _create(episodes, dataset_id, ENVIRONMENTS[name], stamp)
-            _move(staging, root, dataset_id)
+        kept = partial(_is_kept, root / dataset_id, dataset_id, stamp)
+        if overwrite or not kept():
+            lock = data_set_lock(root, dataset_id)
+            with _staging(root) as staging, held_lock(lock, f"collects {dataset_id}"):
+                if overwrite or not kept():
+                    Console(stderr=True).print(
+                        f"{dataset_id}: collecting {steps} steps", highlight=False
+                    )
+                    episodes = _episodes(recipe, recipe_policies(name, level), steps, seed)
+                    with _minari_folder(staging):
+                        _create(episodes, dataset_id, ENVIRONMENTS[name], stamp)
+                    _move(staging, root, dataset_id)
+                    return dataset_id
+    Console(stderr=True).print(f"{dataset_id}: was made with the same settings; kept")
     return dataset_id
 
 
@@ -228,6 +236,7 @@ def _move(staging: Path, root: Path, dataset_id: str) -> None:
     """Put the finished data set in its place, over an older one."""
     namespace = parse_dataset_id(dataset_id)[0]
     if namespace is not None and namespace not in list_local_namespaces():
-        create_namespace(namespace)
+        with contextlib.suppress(ValueError):  # made meanwhile, with another data set of it
+            create_namespace(namespace)
     shutil.rmtree(root / dataset_id, ignore_errors=True)
     (staging / dataset_id).rename(root / dataset_id)

@@ -12,15 +12,19 @@ import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import minari
+from filelock import FileLock
 from minari.storage.datasets_root_dir import get_dataset_path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
 from rtb_rl.errors import InputError
 from rtb_rl.rl.catalogue import D4RLTask
+from rtb_rl.rl.data.file_lock import data_set_lock, held_lock
 
 TIMEOUT = 10.0  # seconds without an answer or a byte
 CHUNK = 1 << 20
@@ -48,29 +52,57 @@ def fetch(urls: Sequence[str], file: Path, *, sha256: str | None = None) -> Path
 
     Its digest must be `sha256` where given, else the one recorded at the first download; otherwise
     a fresh download is removed and an InputError raised. An interrupted download is kept as a
-    `.part` file and continued by the next call.
+    `.part` file and continued by the next call. What another process downloads is waited for.
     """
-    record = file.with_name(file.name + ".sha256")
-    expected = sha256
-    if expected is None and record.exists():
-        expected = record.read_text().partition(" ")[0]
     if not file.exists():
-        part = _first_that_gives(urls, file)
-        digest = file_sha256(part)
-        if expected not in {None, digest}:
-            part.unlink()
-            raise InputError(
-                f"{file.name} was downloaded with SHA-256 {digest}, expected {expected}; the "
-                f"download was removed: try again, or delete {record} if the published file is new"
-            )
-        part.replace(file)
-        record.write_text(f"{digest}  {file.name}\n")
-    elif expected is not None and (digest := file_sha256(file)) != expected:
+        with _lock(file):
+            if not file.exists():
+                _download(urls, file, _expected(file, sha256))
+                return file
+    expected = _expected(file, sha256)
+    if expected is not None and (digest := file_sha256(file)) != expected:
         raise InputError(
             f"{file} has SHA-256 {digest}, expected {expected}: it was changed or damaged; delete "
             "it to download it again"
         )
     return file
+
+
+def _lock(file: Path) -> FileLock:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return held_lock(file.with_name(f"{file.name}.lock"), f"downloads {file.name}")
+    except OSError as error:
+        raise _unwritable(file, error) from error
+
+
+def _unwritable(file: Path, error: OSError) -> InputError:
+    return InputError(f"can't keep {file}: {error}; set D4RL_DATASET_DIR")
+
+
+def _record(file: Path) -> Path:
+    return file.with_name(file.name + ".sha256")
+
+
+def _expected(file: Path, sha256: str | None) -> str | None:
+    """The digest that the file must have, None where nothing says."""
+    record = _record(file)
+    if sha256 is not None or not record.exists():
+        return sha256
+    return record.read_text().partition(" ")[0]
+
+
+def _download(urls: Sequence[str], file: Path, expected: str | None) -> None:
+    part = _first_that_gives(urls, file)
+    digest = file_sha256(part)
+    if expected not in {None, digest}:
+        part.unlink()
+        raise InputError(
+            f"{file.name} was downloaded with SHA-256 {digest}, expected {expected}; the download "
+            f"was removed: try again, or delete {_record(file)} if the published file is new"
+        )
+    _record(file).write_text(f"{digest}  {file.name}\n")  # first: who finds the file reads it
+    part.replace(file)
 
 
 def file_sha256(path: Path) -> str:
@@ -83,7 +115,6 @@ def _first_that_gives(urls: Sequence[str], file: Path) -> Path:
     """The complete `.part` file from the first address that gives one."""
     failures = []
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         for url in urls:
             part = _part_file(url, file)
             try:
@@ -94,7 +125,7 @@ def _first_that_gives(urls: Sequence[str], file: Path) -> Path:
             except TimeoutError:
                 failures.append(f"{url} (no answer in {TIMEOUT:g} s)")
     except OSError as error:
-        raise InputError(f"can't keep {file}: {error}; set D4RL_DATASET_DIR") from error
+        raise _unwritable(file, error) from error
     raise InputError(
         f"{file.name} can't be downloaded: {'; '.join(failures)}. Get the file by hand and give "
         f"its path, or put it in {file.parent}"
@@ -153,10 +184,27 @@ def _append(url: str, part: Path, report: Callable[[int, int | None], None]) -> 
 
 
 def fetch_minari(dataset_id: str) -> minari.MinariDataset:
-    """The Minari data set of this id, downloaded unless it is on this machine."""
-    if not (get_dataset_path(dataset_id) / "data").exists():
-        _download_minari(dataset_id)
+    """The Minari data set of this id, downloaded unless it is on this machine.
+
+    What another process downloads or collects is waited for.
+    """
+    data, lock = (
+        get_dataset_path(dataset_id) / "data",
+        data_set_lock(get_dataset_path(), dataset_id),
+    )
+    if not data.exists() or lock.exists():  # who downloads makes the folder first
+        with _held_where_writable(lock, f"downloads {dataset_id}"):
+            if not data.exists():
+                _download_minari(dataset_id)
     return minari.load_dataset(dataset_id)
+
+
+def _held_where_writable(lock: Path, work: str) -> AbstractContextManager[Any]:
+    """The lock, held; nothing in a folder that can't be written, where nobody downloads."""
+    try:
+        return held_lock(lock, work)
+    except OSError:
+        return nullcontext()
 
 
 def _download_minari(dataset_id: str) -> None:

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from filelock import FileLock, Timeout
-from rich.console import Console
-
 from rtb_rl.errors import InputError
 from rtb_rl.rl.data.dataset import TransitionDataset
+from rtb_rl.rl.data.file_lock import held_lock
 
 T = TypeVar("T")
 SHARED = ("prior", "critic", "iql")
@@ -43,7 +41,7 @@ class SharedStages:
         shared = group / f"{own.name}-seed{facts['seed']}-{digest}"
         try:
             group.mkdir(parents=True, exist_ok=True)
-            lock = _lock(group / f"{shared.name}.lock")
+            lock = held_lock(group / f"{shared.name}.lock", f"fits {shared.name}")
         except OSError as error:
             raise InputError(
                 f"can't write shared stages in {self.root}: {error.strerror or error}; give another"
@@ -90,14 +88,3 @@ def _given(facts: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in facts.items()
         if value is not None
     }
-
-
-def _lock(path: Path) -> FileLock:
-    """The lock, held; says so where another process has to be waited for."""
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        Console().print(f"waiting for the run that fits {path.stem}", highlight=False)
-        lock.acquire()
-    return lock
