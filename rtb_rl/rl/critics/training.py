@@ -59,7 +59,8 @@ def scaled_for_critic(
     """The data set with the rewards a critic is trained on, and the change in words.
 
     Antmaze: reward - 1. Kitchen, hand tasks and OGBench: as recorded. Everything else: times
-    1000 / (largest - least return). See `scores.critic_rewards`.
+    1000 / (largest - least return), and as recorded where all returns are equal, as those of
+    demonstrations that pay 1 at their end. See `scores.critic_rewards`.
     """
     treatment = critic_rewards(dataset.name, dataset.env_id)
     if treatment == "minus one":
@@ -68,6 +69,8 @@ def scaled_for_critic(
         return dataset, "reward as recorded"
     published = settings.published_scaling
     factor = published_return_scale(dataset) if published else return_scale(dataset)
+    if factor is None:
+        return dataset, "reward as recorded (returns have no spread to scale by)"
     words = f"reward * {factor:.6g} ({'as published' if published else 'by whole episodes'})"
     return dataset.with_rewards(dataset.rewards * factor), words
 

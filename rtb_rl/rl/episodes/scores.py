@@ -17,6 +17,8 @@ from torch import Tensor
 from rtb_rl.errors import InputError
 from rtb_rl.rl.catalogue import OGBENCH, environment_of, longest_prefix
 
+ROUNDING = 1e-6  # of a return: what sums of float32 rewards can be off by
+
 Returns = TypeVar("Returns", float, np.ndarray, Tensor)
 
 REFERENCE_RETURNS: Mapping[str, tuple[float, float]] = MappingProxyType(
@@ -120,21 +122,23 @@ class Recorded(Protocol):
     def log(self) -> EpisodeLog: ...
 
 
-def return_scale(dataset: Recorded) -> float:
+def return_scale(dataset: Recorded) -> float | None:
     """1000 / (largest - smallest return) over whole episodes, the factor for locomotion rewards.
 
     The scaling of implicit Q-learning (arXiv 2110.06169, section 5) with true episode boundaries.
+    None where the returns have no spread: all are equal, or there are fewer than two.
     """
     log = dataset.log
-    return _scale_to_thousand(log.returns[log.whole], "whole episodes")
+    return _scale_to_thousand(log.returns[log.whole])
 
 
-def published_return_scale(dataset: Recorded, window: int = 1000) -> float:
+def published_return_scale(dataset: Recorded, window: int = 1000) -> float | None:
     """The factor as most published code computes it; published temperatures go with this one.
 
     That code sees D4RL's Q-learning view: without the rows flagged as timeouts and without the last
     row. It cuts the view at terminals and after `window` rows, so where an episode of 1000 steps
     has 999 rows left the windows drift over the boundaries. A window open at the end doesn't count.
+    None where the sums have no spread.
     """
     log = dataset.log
     kept = ~log.timeouts[:-1]
@@ -146,7 +150,7 @@ def published_return_scale(dataset: Recorded, window: int = 1000) -> float:
         if terminal or length == window:
             returns.append(total)
             total, length = 0.0, 0
-    return _scale_to_thousand(np.array(returns), f"windows of at most {window} rows")
+    return _scale_to_thousand(np.array(returns))
 
 
 def critic_rewards(
@@ -175,11 +179,8 @@ def antmaze_rewards(rewards: Tensor) -> Tensor:
     return torch.as_tensor(rewards) - 1
 
 
-def _scale_to_thousand(returns: np.ndarray, counted: str) -> float:
-    spread = float(returns.max() - returns.min()) if len(returns) else 0.0
-    if spread <= 0:
-        raise InputError(
-            f"rewards can't be scaled by the spread of returns: {len(returns)} {counted}, spread "
-            f"{spread:g}, but it must be positive; use the rewards as they are"
-        )
-    return 1000 / spread
+def _scale_to_thousand(returns: np.ndarray) -> float | None:
+    if not len(returns):
+        return None
+    spread = float(returns.max() - returns.min())
+    return 1000 / spread if spread > ROUNDING * np.abs(returns).max() else None
