@@ -6,7 +6,7 @@ scalars whose gradient by the log-ratios is what the method asks for.
 
 from torch import Tensor
 
-from rtb_rl.core.objective import residual
+from rtb_rl.core.objective import check_same_paths, residual
 
 
 def log_variance_loss(log_weight: Tensor, group: int) -> Tensor:
@@ -36,6 +36,7 @@ def published_rl_loss(log_ratio: Tensor, log_reward: Tensor, weight: float) -> T
     REINFORCE on r (not log r) with the batch mean as baseline, plus `weight` times the squared
     log-ratio. Its optimum is prior * exp(r / (2 weight)), whatever the weight: not the posterior.
     """
+    check_same_paths(log_reward, log_ratio)
     reward = log_reward.exp()
     advantage = (reward - reward.mean()).detach()
     return (weight * log_ratio.square() - advantage * log_ratio).mean()
@@ -46,6 +47,7 @@ def trust_pcl_loss(log_z: Tensor, log_ratio: Tensor, log_reward: Tensor, alpha: 
 
     alpha^2 times the loss of trajectory balance (arXiv 2509.01632).
     """
+    check_same_paths(log_reward, log_ratio)
     return (alpha * residual(log_z, log_reward / alpha - log_ratio)).square().mean()
 
 

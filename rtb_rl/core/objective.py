@@ -20,13 +20,47 @@ Control = Callable[[Any, Tensor, Condition, Tensor], Tensor]
 
 
 def log_weight(log_reward: Tensor, log_ratio: Tensor, beta: float) -> Tensor:
-    """beta log r - (log p_post - log p_prior): a one-path estimate of log Z."""
+    """beta log r - (log p_post - log p_prior): a one-path estimate of log Z.
+
+    ValueError for rewards and ratios of different shapes; either may be a single number.
+    """
+    check_same_paths(log_reward, log_ratio)
     return beta * log_reward - log_ratio
 
 
 def residual(log_z: Tensor, log_weight: Tensor) -> Tensor:
-    """log Z - log_weight: zero on every path exactly when the posterior is right."""
+    """log Z - log_weight: zero on every path exactly when the posterior is right.
+
+    ValueError for a log Z that is neither one a path nor shared by several, as [rows, 1] is by the
+    paths [rows, n] of a row.
+    """
+    if not _spreads_to(log_z.shape, log_weight.shape):
+        raise ValueError(
+            f"log Z {tuple(log_z.shape)} and log-weights {tuple(log_weight.shape)} don't fit: give"
+            f" one log Z a path, shape {tuple(log_weight.shape)}, or a single number"
+        )
     return log_z - log_weight
+
+
+def check_same_paths(log_reward: Tensor, log_ratio: Tensor) -> None:
+    """ValueError for log-rewards and log-ratios that aren't one a path of the same paths.
+
+    [n, 1] against [n] would be [n, n], every reward with every path, and train nothing.
+    """
+    if log_reward.shape != log_ratio.shape and log_reward.ndim and log_ratio.ndim:
+        raise ValueError(
+            f"log-rewards {tuple(log_reward.shape)} and log-ratios {tuple(log_ratio.shape)} aren't"
+            " of the same paths: give one number a path in both, as log_reward.squeeze(-1) is of"
+            " a column"
+        )
+
+
+def _spreads_to(shape: torch.Size, wanted: torch.Size) -> bool:
+    """Whether a tensor of this shape is broadcast to that one, which stays as it is."""
+    given = shape[::-1]
+    return len(given) <= len(wanted) and all(
+        one in (1, other) for one, other in zip(given, wanted[::-1], strict=False)
+    )
 
 
 def square(residual: Tensor) -> Tensor:

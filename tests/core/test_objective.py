@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -25,9 +26,11 @@ from rtb_rl.core import (
     random_levels,
     residual,
     rollout_against,
+    rtb,
     rtb_loss,
     square,
 )
+from rtb_rl.core.alternatives import published_rl_loss, trust_pcl_loss
 from rtb_rl.core.gaussian import large_spread
 from rtb_rl.core.protocols import Condition
 
@@ -177,6 +180,38 @@ def test_residual_of_a_path():
     assert weight.item() == 5.5
     assert residual(torch.tensor([1.0]), weight).item() == -4.5
     assert rtb_loss(torch.tensor([-4.5, 1.5])).item() == (20.25 + 2.25) / 2
+
+
+@pytest.mark.parametrize(
+    ("reward", "ratio"),
+    [((5, 1), (5,)), ((5,), (5, 1)), ((1, 5), (5,)), ((4,), (5,)), ((1,), (5,))],
+)
+def test_a_reward_of_another_shape_than_the_log_ratio_is_refused(reward, ratio):
+    """[n, 1] against [n] would be [n, n]: every reward with every path."""
+    shapes = rf"{re.escape(str(reward))} and log-ratios {re.escape(str(ratio))}"
+    for objective in (
+        log_weight,
+        lambda reward, ratio, beta: rtb()(torch.zeros(()), ratio, reward, beta),
+        lambda reward, ratio, alpha: published_rl_loss(ratio, reward, alpha),
+        lambda reward, ratio, alpha: trust_pcl_loss(torch.zeros(()), ratio, reward, alpha),
+    ):
+        with pytest.raises(ValueError, match=shapes):
+            objective(torch.zeros(reward), torch.zeros(ratio), 1.0)
+
+
+@pytest.mark.parametrize(("log_z", "weight"), [((5, 1), (5,)), ((4,), (5,)), ((3, 1), (2, 5))])
+def test_a_log_z_that_makes_more_residuals_than_there_are_paths_is_refused(log_z, weight):
+    shapes = rf"{re.escape(str(log_z))} and log-weights {re.escape(str(weight))}"
+    with pytest.raises(ValueError, match=shapes):
+        residual(torch.zeros(log_z), torch.zeros(weight))
+
+
+def test_axes_in_front_and_one_log_z_for_several_paths_are_fine():
+    weight = log_weight(torch.ones(2, 5), torch.zeros(2, 5), 3.0)
+    assert torch.equal(weight, torch.full((2, 5), 3.0))
+    assert torch.equal(log_weight(torch.ones(()), torch.zeros(5), 3.0), torch.full((5,), 3.0))
+    for log_z in (torch.ones(()), torch.ones(1), torch.ones(2, 1), torch.ones(5), torch.ones(2, 5)):
+        assert torch.equal(residual(log_z, weight), torch.full((2, 5), -2.0))
 
 
 def test_huber_is_the_square_then_a_line_of_the_same_slope():
