@@ -49,11 +49,11 @@ def train(
     took.
 
     `parts` must hold all that changes: weights, averages, optimisers, memories and generators. Then
-    a run that was killed ends like one that was not, to the last bit on a CPU. `observe` is called
-    with the number of steps done whenever metrics are logged, `after_step` with it after each of
-    them, before a checkpoint is made; `agree` as in `Run.restore`. Raises
-    NonFiniteError when a logged metric is NaN or infinite, before a checkpoint could hold what made
-    it so.
+    a run that was killed ends like one that was not, to the last bit on a CPU; torch's global
+    generator is not kept. `observe` is called with the number of steps done whenever metrics are
+    logged, `after_step` with it after each of them, before a checkpoint is made; `agree` as in
+    `Run.restore`. Raises NonFiniteError when a logged metric is NaN or infinite, before a
+    checkpoint could hold what made it so.
     """
     clock = Clock()
     parts = {**parts, "clock": clock}

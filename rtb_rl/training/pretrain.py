@@ -39,7 +39,9 @@ class PretrainSettings:
 class Pretrainer:
     """Minimises the diffusion's denoising loss at levels drawn uniformly; keeps an average.
 
-    `average.module` is the prior. arXiv 2006.11239 algorithm 1, for any Diffusion.
+    `average.module` is the prior, in evaluation mode. arXiv 2006.11239 algorithm 1, for any
+    Diffusion. A denoiser in training mode is trained with its dropout, whose masks are of torch's
+    global generator: then alone a run that was interrupted doesn't go on bit for bit.
     """
 
     def __init__(

@@ -40,8 +40,9 @@ class Task:
     """The seven things fine-tuning needs, and exact draws of the target where there are any.
 
     `posterior` must start as the prior: a copy of it, or the same network behind an adapter that is
-    zero. `prior` is frozen here. `log_reward` is log r without beta. `draw_target` draws from the
-    target at beta 1; diagnostics take their upper bound of log Z from it.
+    zero. `prior` is frozen here, and both are put into evaluation mode: one without dropout is one
+    law, whose paths are drawn and scored alike. `log_reward` is log r without beta. `draw_target`
+    draws from the target at beta 1; diagnostics take their upper bound of log Z from it.
     """
 
     name: str
@@ -55,10 +56,16 @@ class Task:
 
     def __post_init__(self):
         self.prior.requires_grad_(False).eval()
+        self.posterior.eval()
 
 
 def trainable(task: Task) -> list[nn.Parameter]:
-    """The parameters of the posterior that are to be trained. InputError where there are none."""
+    """The parameters of the posterior that are to be trained. InputError where there are none.
+
+    Puts it into evaluation mode, in which it must stay: with dropout a path would be drawn with one
+    mask and differentiated with another, by a generator that no checkpoint holds.
+    """
+    task.posterior.eval()
     found = [p for p in task.posterior.parameters() if p.requires_grad]
     if not found:
         raise InputError(
