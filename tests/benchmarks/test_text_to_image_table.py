@@ -1,12 +1,14 @@
 """Finished text-to-image runs become tables and a curve; some runs don't go together."""
 
 import json
+from collections import defaultdict
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
 from matplotlib import image as files
-from rtb_rl.benchmarks.text_to_image_table import Settings, joined, main, panel_of
+from rtb_rl.benchmarks.text_to_image_table import Settings, joined, main, panel_of, tables
 from safetensors.torch import save_file
 
 from rtb_rl import cli
@@ -212,6 +214,68 @@ def test_what_runs_of_a_method_differ_in_stands_beside_it(tmp_path):
     ]
 
 
+def test_settings_of_one_name_count_by_their_paths(tmp_path):
+    """Of the start and of fine-tuning, of a mix and of the task; and an option of baselines."""
+
+    def tuned(rate, prior=0):
+        finetune = {"learning_rate": rate, "mix": {"prior": prior}}
+        return {"finetune": finetune, "start": {"learning_rate": 3e-4, "draws": 1000}}
+
+    rtb, ddpo = {"rtb": (-1.0, 0.4)}, {"DDPO": (-1.0, 0.3)}
+    longer = tuned(4e-5)
+    longer["start"]["draws"] = 2000
+    runs = [
+        finished(tmp_path / "a", rtb, posterior=tuned(4e-5)),
+        finished(tmp_path / "b", rtb, posterior=tuned(1e-5), seed=1),
+        finished(tmp_path / "c", rtb, posterior=tuned(1e-5, prior=1), seed=2),
+        finished(tmp_path / "d", rtb, posterior=longer, seed=3),
+        finished(tmp_path / "e", ddpo, posterior=tuned(4e-5), learning_rate=3e-4),
+        finished(tmp_path / "f", ddpo, posterior=tuned(4e-5), learning_rate=1e-3, seed=1),
+    ]
+    _, groups = joined(runs)
+    assert [*groups["shapes, clip:judge"][1.0]] == [
+        "rtb, finetune.learning_rate 4e-05, prior 0, draws 1000",
+        "rtb, finetune.learning_rate 1e-05, prior 0, draws 1000",
+        "rtb, finetune.learning_rate 1e-05, prior 1, draws 1000",
+        "rtb, finetune.learning_rate 4e-05, prior 0, draws 2000",
+        *("DDPO, learning_rate 0.0003", "DDPO, learning_rate 0.001"),
+    ]
+
+
+def test_an_option_and_the_setting_it_makes_are_said_once(tmp_path):
+    rtb, rank = {"rtb": (-1.0, 0.4)}, {**POSTERIOR, "lora_rank": 4}
+    runs = [
+        finished(tmp_path / "a", rtb, posterior=rank),
+        finished(tmp_path / "b", rtb, posterior=rank, lora_rank=4, seed=1),
+        finished(tmp_path / "c", rtb),
+    ]
+    _, groups = joined(runs)
+    assert {name: len(line) for name, line in groups["shapes, clip:judge"][1.0].items()} == {
+        **{"rtb, lora_rank 4": 2, "rtb": 1}
+    }
+
+
+def test_the_committed_rows_make_the_committed_table(tmp_path):
+    kept = Path(__file__).parents[2] / "benchmarks" / "results" / "text_to_image"
+    runs = defaultdict(list)
+    for line in (kept / "rows.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        runs[row["run"]].append(row)
+    for name, (first, *_) in runs.items():
+        finished(
+            tmp_path / name,
+            {},
+            budget={name: value for name, value in first["budget"].items() if name != "posterior"},
+            posterior=first["budget"]["posterior"],
+            sha=first["prior_sha256"],
+            told={"methods": {row["method"]: row for row in runs[name]}, "beta": first["beta"]},
+            **{key: first[key] for key in ("prior", "reward", "seed", "embedder")},
+            prompts=list(first["prompts"]),
+        )
+    _, groups = joined([tmp_path / name for name in runs])
+    assert tables(groups) == (kept / "table.md").read_text()
+
+
 def test_two_priors_of_one_name_are_two_tables(tmp_path):
     methods = {"rtb": (-1.0, 0.4)}
     shas = ("0123456789", "abcdefghij")
@@ -226,6 +290,7 @@ def test_two_priors_of_one_name_are_two_tables(tmp_path):
         ({"prompts": ["a circle"]}, r"prompts \['a shape'\] and \['a circle'\]"),
         ({"budget": {**BUDGET, "guidance": 7.5}}, r"guidance 2\.0 and 7\.5"),
         ({"budget": {**BUDGET, "levels": 50}}, "levels 20 and 50"),
+        ({"ancestral": True}, "ancestral False and True"),
         ({"embedder": "clip"}, "embedder None and 'clip'"),
         ({}, "both hold 'rtb' of seed 0 at beta 1"),
         ({"program": "rtb_image"}, "is no run of rtb_text_to_image or text_to_image_baselines"),

@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,17 @@ PROGRAMS = ("rtb_text_to_image", "text_to_image_baselines")
 TASK = ("prompts", "metadata", "negative", "size", "embedder", "prior_seed")
 TASK_OF_BUDGET = ("levels", "guidance", "reference_draws")
 """What the runs of one prior and reward must have in common."""
-NO_CHOICE = (*TASK, "prior", "prompt_file", "reward", "seed", "beta", "budget", "draws")
-NO_CHOICE += ("levels", "guidance", "methods", "against", "ancestral", "program")
-"""Of a configuration: what says nothing of how a method works."""
+SAMPLING = "ancestral"
+"""Of the same: another sampler draws from another prior. Runs older than this option used none."""
+NO_CHOICE = (*TASK, SAMPLING, "prior", "prompt_file", "reward", "seed", "beta", "finetune.beta")
+NO_CHOICE += ("budget", "draws", "levels", "guidance", "methods", "against", "program", "settings")
+"""Of a configuration: what says nothing of how a method works, or is asked of all methods alike."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """A row of a finished run, where it was found, what was asked for, how the method was set up.
+    """A row of a finished run, where it was found, what was asked for, how the method was set up:
+    options by their names, and the posterior's settings by their paths ("finetune.learning_rate").
 
     The row: what the run says of one method, with `run`, `prior`, `prior_sha256`, `reward`, `beta`,
     `seed`, `guidance`, `levels`, `embedder`, `classes`, `budget` and `manifest` of the run.
@@ -53,6 +56,7 @@ def rows_of(directory: Path) -> list[Found]:
         )
     budget, (kind, colon, source) = config["settings"], config["reward"].partition(":")
     task = {name: config.get(name) for name in TASK} | {n: budget[n] for n in TASK_OF_BUDGET}
+    task[SAMPLING] = config.get(SAMPLING, False)
     shared = {
         "run": directory.name,
         "prior": Path(config["prior"]).name,
@@ -67,8 +71,7 @@ def rows_of(directory: Path) -> list[Found]:
         "budget": budget,
         "manifest": manifest,
     }
-    given = {name: value for name, value in config.items() if name != "settings"}
-    choices = dict(_flat({**given, "posterior": budget["posterior"]}))
+    choices = _choices(config)
     rows = results["methods"].values()
     return [Found(directory, {**shared, **row}, task, choices) for row in rows]
 
@@ -125,10 +128,23 @@ def _name(one: Found, found: Sequence[Found]) -> str:
     """The method, with the choices in which its runs differ; of the prior none is asked."""
     parts = [one.row["method"]]
     alike = [other.choices for other in found if other.row["method"] == parts[0] != PRIOR]
-    for name, value in one.choices.items():
-        if value not in (None, False) and any(other.get(name) != value for other in alike):
+    paths = {path for choices in alike for path in choices}
+    for path, value in one.choices.items():
+        said = value is not None and value is not False
+        if said and any(other.get(path) != value for other in alike):
+            name = _shortest(path, paths)
             parts.append(name if value is True else f"{name} {value}")
     return ", ".join(parts)
+
+
+def _shortest(path: str, paths: Collection[str]) -> str:
+    """The end of a path that no other one has."""
+    steps = path.split(".")
+    for count in range(1, len(steps)):
+        name = ".".join(steps[-count:])
+        if not any(other != path and f".{other}".endswith(f".{name}") for other in paths):
+            return name
+    return path
 
 
 def _check_task(one: Found, other: Found) -> None:
@@ -150,13 +166,19 @@ def _check_seed(line: Sequence[Found], one: Found) -> None:
             )
 
 
-def _flat(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """All choices by their own names; what is said again further in replaces what was said."""
+def _choices(config: Mapping[str, Any]) -> dict[str, Any]:
+    """By path. An option of which the posterior has a setting is what that says."""
+    found = {**config, **dict(_flat(config["settings"]["posterior"]))}
+    return {path: value for path, value in found.items() if path not in NO_CHOICE}
+
+
+def _flat(settings: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, Any]]:
+    """All settings by their paths, joined by dots."""
     for name, value in settings.items():
         if isinstance(value, Mapping):
-            yield from _flat(value)
-        elif name not in NO_CHOICE:
-            yield name, value
+            yield from _flat(value, f"{inside}{name}.")
+        else:
+            yield inside + name, value
 
 
 def _read(directory: Path, name: str) -> dict[str, Any]:
