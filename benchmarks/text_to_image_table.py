@@ -61,6 +61,11 @@ def tables(groups: Groups) -> str:
     return "\n".join(parts)
 
 
+def of_target(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row says of the target: the only numbers that rows of all methods have."""
+    return {name: value for name, value in row.items() if name.startswith("reference_")}
+
+
 def panel_of(betas: Mapping[float, Lines]) -> Panel:
     """Points of the target and of every method over beta; the prior is the target at beta 0."""
     exact, methods, features = [], {}, ""
@@ -69,8 +74,8 @@ def panel_of(betas: Mapping[float, Lines]) -> Panel:
         prior = means.pop(PRIOR, None)
         if prior is not None and not exact:
             exact.append(point_of(prior, 0.0))
-        every = mean_over_seeds([one.row for line in lines.values() for one in line])
-        exact.append(point_of(every, beta, prefix="reference_"))
+        every = [of_target(one.row) for line in lines.values() for one in line]
+        exact.append(point_of(mean_over_seeds(every), beta, prefix="reference_"))
         for name, mean in means.items():
             methods.setdefault(name, []).append(point_of(mean, beta))
         features = features_of(next(iter(lines.values()))[0].row["embedder"])

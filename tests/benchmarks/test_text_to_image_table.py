@@ -154,6 +154,19 @@ def test_the_curve_has_the_targets_points_and_the_means_over_seeds(tmp_path):
     assert "8 x 8 fields" in panel.features
 
 
+def test_the_order_of_the_runs_does_not_matter_to_the_curve(tmp_path):
+    """Methods that were trained have numbers that the prior and others lack."""
+    trained = dict.fromkeys(("elbo", "kl", "log_z", "log_z_error"), 0.5)
+    runs = several(tmp_path)
+    for run in runs[2:]:
+        results = json.loads((run / "results.json").read_text())
+        for name in results["methods"].keys() - {"prior"}:
+            results["methods"][name] |= trained
+        (run / "results.json").write_text(json.dumps(results))
+    panels = [panel_of(joined(order)[1]["shapes, clip:judge"]) for order in (runs, runs[::-1])]
+    assert panels[0].exact == panels[1].exact and len(panels[0].exact) == 4
+
+
 def test_the_curve_is_drawn_where_its_points_are(tmp_path):
     exact = [Point(0.0, -2.0, None, 0.6, None), Point(4.0, -1.0, 0.1, 0.4, 0.02)]
     panel = Panel(exact, {"rtb": [Point(0.5, -1.5, 0.1, 0.5, None)]}, "features of CLIP")
