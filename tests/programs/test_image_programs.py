@@ -26,6 +26,7 @@ from rtb_rl.errors import InputError
 from rtb_rl.tasks.image import fit_posterior, load_classifier, open_image_job
 from rtb_rl.tasks.image.prior import PriorSettings, new_unet
 from rtb_rl.training import Finetuner, loop, posterior_stage
+from rtb_rl.training.stage import fingerprint
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 LEVELS = 6  # of the budget smoke
@@ -165,6 +166,14 @@ def test_plain_diffusers_draws_with_the_adapters(even, adapted):
     reference = json.loads((even / "results.json").read_text())["methods"]["rtb"]
     assert row["reference_log_z"] < reference["reference_log_z"]
     assert not (adapted / "prior").exists()
+
+
+def test_the_results_have_the_fingerprint_of_the_prior(even, adapted):
+    """Adapters on it or not."""
+    prior = DDPMPipeline.from_pretrained(even / "prior" / "pipeline")
+    for directory in (even, adapted):
+        results = json.loads((directory / "results.json").read_text())
+        assert results["prior_sha256"] == fingerprint(prior.unet)
 
 
 def test_each_class_gets_its_own_reference(even, tmp_path):

@@ -23,6 +23,7 @@ from rtb_rl.training.checkpoint import replace_file
 from rtb_rl.training.kept_rows import KeptRows, of_reference, of_training
 from rtb_rl.training.run import Run
 from rtb_rl.training.seeding import generator_for
+from rtb_rl.training.stage import fingerprint
 
 WEIGHED = 1000
 """Paths that are drawn and weighed together."""
@@ -123,7 +124,8 @@ class ImageJob:
         self._draw(samples, {titles[name]: row["histogram"] for name, row in rows.items()})
         print_table(f"{self.data.name}, {self.target.name}, beta {self.settings.beta}", rows)
         replace_file(self.run.directory / "table.md", markdown(rows).encode())
-        self._rows.finish({"methods": rows, "target": self.target.name})
+        prior = {"prior_sha256": fingerprint(self.prior.pipeline.unet)}
+        self._rows.finish({"methods": rows, "target": self.target.name, **prior})
 
     @property
     def _rows(self) -> KeptRows:

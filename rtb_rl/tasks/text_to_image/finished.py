@@ -1,14 +1,14 @@
 """Finished text-to-image runs side by side: which of their rows are one table, and one line."""
 
-import json
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rtb_rl.errors import InputError
 from rtb_rl.tasks.text_to_image.comparison import PRIOR
+from rtb_rl.training.finished import Choices, choices_of, line_name, read_finished
 
 PROGRAMS = ("rtb_text_to_image", "text_to_image_baselines")
 TASK = ("prompts", "metadata", "negative", "size", "embedder", "prior_seed")
@@ -23,8 +23,7 @@ NO_CHOICE += ("budget", "draws", "levels", "guidance", "methods", "against", "pr
 
 @dataclass(frozen=True)
 class Found:
-    """A row of a finished run, where it was found, what was asked for, how the method was set up:
-    options by their names, and the posterior's settings by their paths ("finetune.learning_rate").
+    """A row of a finished run, where it was found, what was asked for, how the method was set up.
 
     The row: what the run says of one method, with `run`, `prior`, `prior_sha256`, `reward`, `beta`,
     `seed`, `guidance`, `levels`, `embedder`, `classes`, `budget` and `manifest` of the run.
@@ -33,7 +32,7 @@ class Found:
     directory: Path
     row: Mapping[str, Any]
     task: Mapping[str, Any]
-    choices: Mapping[str, Any]
+    choices: Choices
 
 
 Lines = Mapping[str, Sequence[Found]]
@@ -48,12 +47,7 @@ def rows_of(directory: Path) -> list[Found]:
 
     Of paths only the last part is kept.
     """
-    config, results, manifest = (_read(directory, n) for n in ("config", "results", "manifest"))
-    if config.get("program") not in PROGRAMS:
-        raise InputError(
-            f"{directory} is no run of {' or '.join(PROGRAMS)}, whose rows are joined here; leave"
-            " it out"
-        )
+    config, results, manifest = read_finished(directory, PROGRAMS)
     budget, (kind, colon, source) = config["settings"], config["reward"].partition(":")
     task = {name: config.get(name) for name in TASK} | {n: budget[n] for n in TASK_OF_BUDGET}
     task[SAMPLING] = config.get(SAMPLING, False)
@@ -71,7 +65,7 @@ def rows_of(directory: Path) -> list[Found]:
         "budget": budget,
         "manifest": manifest,
     }
-    choices = _choices(config)
+    choices = choices_of(config, NO_CHOICE)
     rows = results["methods"].values()
     return [Found(directory, {**shared, **row}, task, choices) for row in rows]
 
@@ -80,7 +74,7 @@ def beta_of(directory: Path) -> float:
     """The beta of the target p r^beta of a finished run, whatever it was counted for: see
     `nominal_beta`. InputError where an old run doesn't say.
     """
-    config, results = _read(directory, "config"), _read(directory, "results")
+    config, results, _ = read_finished(directory, PROGRAMS)
     if "beta" in results:
         return float(results["beta"])
     if config["settings"]["posterior"].get("per_dimension"):
@@ -126,25 +120,9 @@ def _tables_of(found: Sequence[Found]) -> dict[float, dict[str, list[Found]]]:
 
 def _name(one: Found, found: Sequence[Found]) -> str:
     """The method, with the choices in which its runs differ; of the prior none is asked."""
-    parts = [one.row["method"]]
-    alike = [other.choices for other in found if other.row["method"] == parts[0] != PRIOR]
-    paths = {path for choices in alike for path in choices}
-    for path, value in one.choices.items():
-        said = value is not None and value is not False
-        if said and any(other.get(path) != value for other in alike):
-            name = _shortest(path, paths)
-            parts.append(name if value is True else f"{name} {value}")
-    return ", ".join(parts)
-
-
-def _shortest(path: str, paths: Collection[str]) -> str:
-    """The end of a path that no other one has."""
-    steps = path.split(".")
-    for count in range(1, len(steps)):
-        name = ".".join(steps[-count:])
-        if not any(other != path and f".{other}".endswith(f".{name}") for other in paths):
-            return name
-    return path
+    method = one.row["method"]
+    alike = [other.choices for other in found if other.row["method"] == method != PRIOR]
+    return line_name(method, one.choices, alike)
 
 
 def _check_task(one: Found, other: Found) -> None:
@@ -164,25 +142,3 @@ def _check_seed(line: Sequence[Found], one: Found) -> None:
                 f"{other.directory} and {one.directory} both hold {one.row['method']!r} of seed"
                 f" {one.row['seed']} at beta {one.row['beta']:g}; name one of them"
             )
-
-
-def _choices(config: Mapping[str, Any]) -> dict[str, Any]:
-    """By path. An option of which the posterior has a setting is what that says."""
-    found = {**config, **dict(_flat(config["settings"]["posterior"]))}
-    return {path: value for path, value in found.items() if path not in NO_CHOICE}
-
-
-def _flat(settings: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, Any]]:
-    """All settings by their paths, joined by dots."""
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{inside}{name}.")
-        else:
-            yield inside + name, value
-
-
-def _read(directory: Path, name: str) -> dict[str, Any]:
-    path = directory / f"{name}.json"
-    if not path.exists():
-        raise InputError(f"{directory} has no {path.name}; finish that run first")
-    return json.loads(path.read_text())

@@ -26,20 +26,23 @@ ROW = {
     "histogram": [0.25, 0.75],
 }
 
+POSTERIOR = {"lora_rank": None, "finetune": {"beta": 1.0, "learning_rate": 8e-5}}
+BUDGET = {"prior": {"levels": 20}, "classifier": {"steps": 2000}, "posterior": POSTERIOR}
 
-def finished(directory, seed, value, target="class 3", **asked):
+
+def finished(directory, seed, value, target="class 3", budget=None, sha=None, **asked):
     directory.mkdir()
     (directory / "figure.png").write_bytes(b"png")
     (directory / "posterior").mkdir()
     (directory / "rows").mkdir()
     save_file({"x0": torch.zeros(3, 1, 4, 4)}, directory / "rows" / "rtb.safetensors")
     config = {"data": "folder/digits", "data_sha256": "x", "seed": seed, "beta": 1.0}
-    config |= {"settings": {"prior": {"levels": asked.pop("levels", 20)}}, **asked}
+    config |= {"program": "rtb_image", "settings": BUDGET | (budget or {}), **asked}
     row = {**ROW, "log_reward": value}
     for name, content in (
         ("config", config),
         ("manifest", {"commit": "abc"}),
-        ("results", {"methods": {"rtb": row}, "target": target}),
+        ("results", {"methods": {"rtb": row}, "target": target, **(sha or {})}),
     ):
         (directory / f"{name}.json").write_text(json.dumps(content))
     return directory
@@ -97,12 +100,54 @@ def test_every_beta_has_a_table_of_its_own(tmp_path):
     ("asked", "says"),
     [
         ({}, "both hold 'rtb' of seed 0"),
-        ({"levels": 30}, "levels 20 and 30"),
-        ({"prior": "elsewhere/ddpm"}, "prior None and 'ddpm'"),
+        ({"budget": {"prior": {"levels": 30}}}, "levels 20 and 30"),
+        ({"budget": {"prior": {"levels": 20, "widths": [8]}}}, "prior settings"),
+        ({"budget": {"classifier": {"steps": 20}}}, "classifier"),
+        ({"prior": "elsewhere/ddpm"}, "prior None and 'elsewhere/ddpm'"),
+        ({"unclipped": True}, "unclipped False and True"),
         ({"prior_seed": 1}, "prior_seed None and 1"),
+        ({"program": "rtb_text_to_image"}, "is no run of rtb_image or image_baselines"),
     ],
 )
 def test_runs_that_are_no_seeds_of_one_thing_are_refused(asked, says, tmp_path):
     runs = (finished(tmp_path / "a", 0, -1.0), finished(tmp_path / "b", 0, -3.0, **asked))
     with pytest.raises(InputError, match=says):
         tables([row for run in runs for row in rows_of(run)])
+
+
+def test_priors_are_told_apart_by_their_weights(tmp_path):
+    """By their folders only where a run kept no fingerprint; a copy elsewhere is the same prior."""
+    one, two = {"prior_sha256": "1"}, {"prior_sha256": "2"}
+    first = finished(tmp_path / "a", 0, -1.0, prior="here/ddpm", sha=one)
+    moved = finished(tmp_path / "b", 1, -3.0, prior="there/copy", sha=one)
+    trained_on = finished(tmp_path / "c", 1, -3.0, prior="here/ddpm", sha=two)
+    older = finished(tmp_path / "d", 1, -3.0, prior="here/ddpm")
+    other = finished(tmp_path / "e", 1, -3.0, prior="there/ddpm")
+    assert "| rtb, 2 seeds |" in tables([*rows_of(first), *rows_of(moved)])
+    assert "| rtb, 2 seeds |" in tables([*rows_of(first), *rows_of(older)])
+    with pytest.raises(InputError, match="prior_sha256 '1' and '2'"):
+        tables([*rows_of(first), *rows_of(trained_on)])
+    with pytest.raises(InputError, match="prior 'here/ddpm' and 'there/ddpm'"):
+        tables([*rows_of(first), *rows_of(other)])
+
+
+def test_what_runs_of_a_method_differ_in_stands_beside_it(tmp_path):
+    rank = {"posterior": POSTERIOR | {"lora_rank": 4}}
+    slower = {"posterior": POSTERIOR | {"finetune": {"beta": 1.0, "learning_rate": 1e-5}}}
+    runs = (
+        finished(tmp_path / "a", 0, -1.0),
+        finished(tmp_path / "b", 1, -3.0),
+        finished(tmp_path / "c", 1, -5.0, budget=rank, lora_rank=4),
+        finished(tmp_path / "d", 1, -5.0, budget=slower),
+        finished(tmp_path / "e", 1, -5.0, learning_rate=3e-4),
+        finished(tmp_path / "f", 1, -5.0, calls=50.0),
+    )
+    main(Settings(runs, tmp_path / "out"))
+    lines = (tmp_path / "out" / "table.md").read_text().splitlines()[5:]
+    assert [line.split(" | ")[0] for line in lines] == [
+        "| rtb, finetune.learning_rate 8e-05, 2 seeds",
+        "| rtb, lora_rank 4, finetune.learning_rate 8e-05",
+        "| rtb, finetune.learning_rate 1e-05",
+        "| rtb, learning_rate 0.0003, finetune.learning_rate 8e-05",
+        "| rtb, calls 50.0, finetune.learning_rate 8e-05",
+    ]
