@@ -212,12 +212,21 @@ def load_lora(directory: str | Path, unet: nn.Module) -> None:
 
 
 def _lora_shapes(unet: nn.Module, rank: int, targets: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """The weights of LoRA layers on the targets, under peft's names."""
+    """The weights of LoRA layers on the targets, under peft's names. Of a convolution A keeps the
+    kernel and B has one pixel.
+    """
     shapes = {}
     for name, layer in unet.named_modules():
-        if isinstance(layer, nn.Linear) and any(f".{name}".endswith(f".{t}") for t in targets):
-            shapes[f"{name}.lora_A.weight"] = (rank, layer.in_features)
-            shapes[f"{name}.lora_B.weight"] = (layer.out_features, rank)
+        if not any(f".{name}".endswith(f".{target}") for target in targets):
+            continue
+        if isinstance(layer, nn.Linear):
+            first, second = (rank, layer.in_features), (layer.out_features, rank)
+        elif isinstance(layer, nn.Conv2d):
+            first = (rank, layer.in_channels, *layer.kernel_size)
+            second = (layer.out_channels, rank // layer.groups, 1, 1)
+        else:
+            continue
+        shapes[f"{name}.lora_A.weight"], shapes[f"{name}.lora_B.weight"] = first, second
     return shapes
 
 

@@ -285,6 +285,33 @@ def test_networks_without_attention() -> None:
     )
 
 
+def test_saved_adapters_of_convolutions_load_again(tmp_path: Path) -> None:
+    """By load_lora and by plain diffusers; not into a network whose kernels have another size."""
+    unet = new_unet(CONVOLUTIONS, add_attention=False)
+    save_pipeline(tmp_path / "prior", unet, SCHEDULER, card="")
+    prior = sample(unet)
+    adapted(unet, alpha=6, targets=("conv1", "conv2", "conv_shortcut", "time_emb_proj"))
+    change(unet)
+    save_lora(tmp_path / "adapters", unet)
+    expected = sample(unet)
+    assert (expected - prior).abs().max() > 0.01
+    ours = load_pipeline(tmp_path / "prior").unet
+    load_lora(tmp_path / "adapters", ours)
+    assert torch.equal(sample(ours), expected)
+    assert trainable(ours) == trainable(unet)
+    plain = LoraUNet.from_pretrained(tmp_path / "prior", subfolder="unet")
+    weights = "pytorch_lora_weights.safetensors"
+    plain.load_lora_adapter(tmp_path / "adapters", weight_name=weights, prefix=None)
+    assert torch.equal(sample(plain), expected)
+
+    other = new_unet(CONVOLUTIONS, add_attention=False)
+    for block in other.down_blocks:
+        block.resnets[0].conv1 = nn.Conv2d(block.resnets[0].conv1.in_channels, 8, 1)
+    with pytest.raises(InputError, match=r"conv1.lora_A.weight.*takes weights \(2, 8, 1, 1\)"):
+        load_lora(tmp_path / "adapters", other)
+    assert not lora_layers(other)
+
+
 def test_refusals(tmp_path: Path) -> None:
     unet = new_unet()
     plain = denoiser_from_unet(unet, SCHEDULER, scheduler_grid(SCHEDULER, LEVELS))
