@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from rtb_rl.rl import IQLCritic, load_dataset
+from rtb_rl.rl import IQLCritic, SoftCritic, load_dataset
 from rtb_rl.rl.critics.identity import critic_fingerprint
+from rtb_rl.rl.critics.twin_q import TwinQ
 from rtb_rl.training.stage import fingerprint
 
 
@@ -28,6 +29,24 @@ class SlopeModule(nn.Module):
     def __init__(self, slope):
         super().__init__()
         self.q = Slope(slope).q
+
+
+class Goal(nn.Module):
+    """A module with a weight, and with a plain number that its state doesn't hold."""
+
+    def __init__(self, goal, weight=1.0):
+        super().__init__()
+        self.goal, self.weight = goal, nn.Parameter(torch.tensor(weight))
+
+    def q(self, observation, action):
+        return -(self.weight * (action - self.goal)).square().sum(1)
+
+
+class Cautious(IQLCritic):
+    """A network of this package, read in another way."""
+
+    def q(self, observation, action):
+        return super().q(observation, action) - 1
 
 
 @pytest.fixture
@@ -59,6 +78,18 @@ def test_rounding_makes_no_other_critic(slope, data):
     assert critic_fingerprint(Rounded(slope), data) == critic_fingerprint(Slope(slope), data)
 
 
-def test_a_network_is_known_by_its_weights_as_before(data):
-    critic = IQLCritic(3, 3, generator=torch.Generator().manual_seed(0))
-    assert critic_fingerprint(critic, data) == fingerprint(critic)
+def new(kind):
+    return kind(3, 3, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("kind", [IQLCritic, SoftCritic, TwinQ])
+def test_a_network_of_this_package_is_known_by_its_weights_as_before(kind, data):
+    assert critic_fingerprint(new(kind), data) == fingerprint(new(kind))
+
+
+def test_a_module_of_one_s_own_is_known_by_its_weights_and_by_what_it_says(data):
+    """Only its weights counted: an edited number took over the posterior of the old one."""
+    others = Goal(-1.0), Goal(1.0), Goal(1.0, weight=-1.0)
+    assert len({critic_fingerprint(critic, data) for critic in others}) == 3
+    assert critic_fingerprint(Goal(1.0), data) == critic_fingerprint(Goal(1.0), data)
+    assert critic_fingerprint(new(Cautious), data) != critic_fingerprint(new(IQLCritic), data)
