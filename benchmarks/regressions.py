@@ -31,6 +31,7 @@ from rtb_rl.rl.jobs.report import evaluate_methods
 from rtb_rl.rl.jobs.saved import load_posterior, load_prior, load_run_critic, load_run_dataset
 from rtb_rl.rl.posteriors.prior_actions import draw_prior_actions
 from rtb_rl.training import Run, generator_for, write_comparison
+from rtb_rl.training.stage import fingerprint
 
 Source = Literal["data-weighted", "data", "prior-weighted", "prior", "rtb"]
 STATES = 4096  # in which the mean action is valued
@@ -110,6 +111,7 @@ def row_of(given: Setting, source: Source, seed: int, settings: Settings) -> dic
     episodes = evaluate_methods(
         run,
         {"mean action": MeanActionPolicy(policy)},
+        {"mean action": fingerprint(policy)},
         given.config["env_id"],
         dataset.reference_returns,
         episodes=count,

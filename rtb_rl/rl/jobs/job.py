@@ -1,6 +1,5 @@
 """What every offline-RL program begins and ends with: data, run, stages; table, figure, results."""
 
-import copy
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
-from torch import nn
 
 from rtb_rl.nn.correction import ScaledCorrection
 from rtb_rl.rl.critics.critic import Critic, load_critic
@@ -20,16 +18,15 @@ from rtb_rl.rl.data.dataset import TransitionDataset, data_facts
 from rtb_rl.rl.data.summary import summarise
 from rtb_rl.rl.episodes.curve import Curve
 from rtb_rl.rl.jobs.budget import Budget
+from rtb_rl.rl.jobs.evaluated import evaluate_run
 from rtb_rl.rl.jobs.report import (
     StatePanel,
     draw_figure,
-    evaluate_methods,
     print_diagnostics,
     print_end,
     print_table,
     stage_results,
 )
-from rtb_rl.rl.jobs.saved import load_policy
 from rtb_rl.rl.jobs.settings import JobSettings, Tilt
 from rtb_rl.rl.jobs.shared_stages import SharedStages, complete_stages, copy_stage
 from rtb_rl.rl.posteriors.acting_strength import fit_acting_strength
@@ -228,11 +225,8 @@ class Job:
         `trained` is the stage that made the program's own policy, whose learning curve is kept.
         """
         dataset, curve = self.dataset, self.curve(self.out / (trained or ""))
-        stage = self.run.stage("evaluation", {**self.run.config, "methods": list(methods)})
-        chosen_by = copy.deepcopy(critic).to("cpu") if isinstance(critic, nn.Module) else critic
-        policies = {name: load_policy(self.out, name, critic=chosen_by) for name in methods}
-        given = stage, policies, self.env_id, dataset.reference_returns
-        rows = evaluate_methods(*given, episodes=self.budget.episodes, seed=self.settings.seed)
+        counts = {"episodes": self.budget.episodes, "seed": self.settings.seed}
+        rows = evaluate_run(self.run, methods, dataset, critic, **counts)
         timings, diagnostics = stage_results(self.out)
         print_table(dataset, rows)
         print_diagnostics(diagnostics)

@@ -29,17 +29,23 @@ COLOURS = {"prior": "#7f7f7f", "iql": "#ff7f0e", "best_of_n": "#2ca02c", "rtb": 
 def evaluate_methods(
     run: Run,
     policies: Mapping[str, Policy],
+    acting: Mapping[str, str],
     env_id: str,
     reference: tuple[float, float] | None,
     *,
     episodes: int,
     seed: int,
 ) -> dict[str, dict[str, Any]]:
-    """Every method's episodes, on the same seeds; those evaluated before are not run again."""
+    """Every method's episodes, on the same seeds; what was evaluated before is not run again.
+
+    `acting`: for each method a digest of what acts, kept beside its episodes; those of another
+    digest, or of none, are run anew.
+    """
     results = {}
     for name, policy in policies.items():
         path = run.directory / f"{name}.json"
-        if not path.exists():
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        if kept.pop("acting", None) != acting[name]:
             with progress(f"evaluate {name}", episodes) as show:
                 done = 0
 
@@ -49,8 +55,10 @@ def evaluate_methods(
                     show(done, "")
 
                 records = evaluate(policy, env_id, episodes=episodes, seed=seed, progress=count)
-            replace_file(path, json.dumps(records.summary(reference), indent=2).encode())
-        results[name] = json.loads(path.read_text())
+            kept = records.summary(reference)
+            told = {"acting": acting[name], **kept}
+            replace_file(path, json.dumps(told, indent=2).encode())
+        results[name] = kept
     return results
 
 

@@ -57,9 +57,9 @@ def load_policy(
         raise InputError(f"there is no directory {root}; give the --out of a finished run")
     config = fitted_config(root)
     method = method or config.get("method")
-    if method not in LOADERS:
-        raise InputError(f"method {method!r} is none of {', '.join(LOADERS)}; name one of these")
-    policy = LOADERS[method](root, config, critic)
+    if method not in METHODS:
+        raise InputError(f"method {method!r} is none of {', '.join(METHODS)}; name one of these")
+    policy = METHODS[method].load(root, config, critic)
     reference = config["reference_returns"]
     return SavedPolicy(policy, config["env_id"], tuple(reference) if reference else None)
 
@@ -92,10 +92,15 @@ def _amortised(root: Path, config: dict[str, Any], critic: Critic | None) -> Pol
     load_weights(root / "amortised", model)
     model.requires_grad_(False).eval()
     sampler = Sampler(prior.diffusion, model)
-    beta = stage["acting_beta"]
+    return AmortisedPolicy(_acting(sampler, config), acting_beta(root))
+
+
+def acting_beta(root: Path) -> float:
+    """The strength at which the posterior of all strengths acts."""
+    beta = fitted_config(root / "amortised")["acting_beta"]
     if beta is None:
         beta = json.loads((root / "acting" / "results.json").read_text())["beta"]
-    return AmortisedPolicy(_acting(sampler, config), beta)
+    return beta
 
 
 def _qgpo(root: Path, config: dict[str, Any], critic: Critic | None) -> Policy:
@@ -106,21 +111,38 @@ def _qgpo(root: Path, config: dict[str, Any], critic: Critic | None) -> Policy:
 
 Loader = Callable[[Path, dict[str, Any], Critic | None], Policy]
 
-LOADERS: dict[str, Loader] = {
-    "prior": _prior,
-    "iql": _iql,
-    "best_of_n": _best_of_n,
-    "rtb": _rtb,
-    "rtb_best_of_n": _rtb_best_of_n,
-    "rtb_amortised": _amortised,
-    "qgpo": _qgpo,
-    "dql": lambda root, config, critic: load_diffusion_q(root / "dql"),
-    "td3_bc": lambda root, config, critic: load_td3_bc(root / "td3_bc"),
-    "d3rlpy_iql": lambda root, config, critic: load_d3rlpy(root / "d3rlpy"),
-    "d3rlpy_cql": lambda root, config, critic: load_d3rlpy(root / "d3rlpy"),
+
+@dataclass(frozen=True)
+class Method:
+    """How a policy is loaded from the directory of a run, its configuration, and the critic where
+    that was given as a Python object.
+    """
+
+    load: Loader
+    stages: tuple[str, ...]
+    """Those by whose weights it acts."""
+    chooses: bool = False
+    """Whether the critic chooses among draws."""
+
+
+METHODS = {
+    "prior": Method(_prior, ("prior",)),
+    "iql": Method(_iql, ("iql",)),
+    "best_of_n": Method(_best_of_n, ("prior",), chooses=True),
+    "rtb": Method(_rtb, ("posterior",)),
+    "rtb_best_of_n": Method(_rtb_best_of_n, ("posterior",), chooses=True),
+    "rtb_amortised": Method(_amortised, ("amortised",)),
+    "qgpo": Method(_qgpo, ("prior", "qgpo")),
+    "dql": Method(lambda root, config, critic: load_diffusion_q(root / "dql"), ("dql",)),
+    "td3_bc": Method(lambda root, config, critic: load_td3_bc(root / "td3_bc"), ("td3_bc",)),
+    "d3rlpy_iql": Method(lambda root, config, critic: load_d3rlpy(root / "d3rlpy"), ("d3rlpy",)),
+    "d3rlpy_cql": Method(lambda root, config, critic: load_d3rlpy(root / "d3rlpy"), ("d3rlpy",)),
 }
-"""Method -> its policy from the directory of a run, the run's configuration, and the critic where
-it was given as a Python object."""
+
+
+def posterior_settings(root: Path) -> dict[str, Any]:
+    """Those that the posterior of a run was fitted with."""
+    return fitted_config(root / "posterior")["posterior"]
 
 
 def _acting(
@@ -151,7 +173,7 @@ def load_prior(directory: Path) -> ActionDiffusion:
 
 def load_posterior(root: Path, critic: Critic | None = None) -> ActionDiffusion:
     """The posterior of a run; `critic` stands in for one that it was given as a Python object."""
-    langevin = fitted_config(root / "posterior")["posterior"]["langevin"]
+    langevin = posterior_settings(root)["langevin"]
     needed = critic or load_run_critic(root) if langevin else critic
     posterior = posterior_model(load_prior(root / "prior"), needed, langevin=langevin)
     load_weights(root / "posterior", posterior)
