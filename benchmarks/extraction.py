@@ -18,7 +18,7 @@ import tyro
 from rtb_rl.errors import InputError
 from rtb_rl.rl import draws_of, load_policy, measure_extraction
 from rtb_rl.rl.critics.identity import critic_fingerprint
-from rtb_rl.rl.jobs.saved import load_run_critic, load_run_dataset
+from rtb_rl.rl.jobs.run_critic import load_run_critic, load_run_dataset
 from rtb_rl.training import generator_for, write_comparison
 
 

@@ -28,7 +28,8 @@ from rtb_rl.rl import (
 from rtb_rl.rl.critics.critic import ValueCritic
 from rtb_rl.rl.data.dataset import data_facts
 from rtb_rl.rl.jobs.report import evaluate_methods
-from rtb_rl.rl.jobs.saved import load_posterior, load_prior, load_run_critic, load_run_dataset
+from rtb_rl.rl.jobs.run_critic import load_run_critic, load_run_dataset
+from rtb_rl.rl.jobs.saved import load_posterior, load_prior
 from rtb_rl.rl.posteriors.prior_actions import draw_prior_actions
 from rtb_rl.training import Run, generator_for, write_comparison
 from rtb_rl.training.stage import fingerprint

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from tiny_budget import TINY
 
+from rtb_rl.errors import InputError
 from rtb_rl.rl import evaluate, load_policy
 from rtb_rl.rl.jobs import opening
 
@@ -106,3 +107,39 @@ def test_a_file_of_an_older_version_is_evaluated_again(folder, copy_of):
     told = json.loads(path.read_text())
     path.write_text(json.dumps({"returns": [0.0, 0.0]}))
     assert run("best_of_n", out, critic=OWN)["prior"]["returns"] == told["returns"]
+
+
+def test_a_run_is_not_opened_with_another_critic_than_it_was_finished_with(folder, copy_of):
+    out = copy_of("own")
+    write_critic(folder, "-1.0")
+    words = "make' is another critic now .* than the one that .*own was finished with .*; put back"
+    with pytest.raises(InputError, match=words):
+        load_policy(out)
+    assert load_policy(out, "prior")
+    results = json.loads((out / "results.json").read_text())
+    del results["critic_sha256"]  # as older versions left it
+    (out / "results.json").write_text(json.dumps(results))
+    assert load_policy(out)
+
+
+def test_a_run_is_not_opened_with_other_data_than_it_was_trained_on(folder, copy_of):
+    out = copy_of("own")
+    write_data(folder / "mine.npz", seed=1)
+    with pytest.raises(
+        InputError, match=r"mine.npz holds other data .* than the run .*; put the data of then"
+    ):
+        load_policy(out)
+
+
+def test_a_posterior_goes_with_its_prior_and_with_the_critic_it_climbs(folder, copy_of):
+    out = copy_of("main")
+    shutil.rmtree(out / "posterior")
+    run("rtb_iql", out, langevin=True)
+    for stage in ("prior", "critic"):
+        path = out / "posterior" / "config.json"
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps({**config, stage: "f" * 64}))
+        with pytest.raises(InputError, match=f"posterior was fitted to another {stage} than"):
+            load_policy(out, "rtb")
+        path.write_text(json.dumps(config))
+    assert load_policy(out, "rtb")

@@ -14,7 +14,7 @@ from rtb_rl.core import effective_sample_size
 from rtb_rl.errors import InputError
 from rtb_rl.rl import JobSettings, collect, evaluate, load_policy, read_tuning
 from rtb_rl.rl.jobs import opening
-from rtb_rl.rl.jobs.saved import load_iql_critic
+from rtb_rl.rl.jobs.run_critic import load_iql_critic
 from rtb_rl.rl.posteriors import posterior
 from rtb_rl.training import Run, loop
 

@@ -27,10 +27,13 @@ from rtb_rl.rl.data.dataset import data_facts
 from rtb_rl.rl.export import exporting, tracing
 from rtb_rl.rl.export.exporting import export_policy, largest_difference, load_exported
 from rtb_rl.rl.export.module import draw_noise, exported_policy
+from rtb_rl.rl.jobs.run_critic import load_iql_critic
+from rtb_rl.rl.jobs.saved import load_prior
 from rtb_rl.rl.posteriors.policy import DiffusionPolicy
 from rtb_rl.rl.posteriors.posterior import PosteriorSettings, fit_posterior, posterior_model
 from rtb_rl.rl.posteriors.prior import ActionDiffusion, ActionNetwork, fit_prior
 from rtb_rl.training import FinetuneSettings, PretrainSettings, Run, generator_for
+from rtb_rl.training.stage import fingerprint
 
 LOW, HIGH = torch.tensor([-1.0, 0.0]), torch.tensor([3.0, 0.5])
 SMALL = ActionNetwork(levels=2, width=8, blocks=1)
@@ -199,6 +202,10 @@ def finished(tmp_path_factory):
         stage_results = json.loads((root / stage / "results.json").read_text())
         stage_results["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
         (root / stage / "results.json").write_text(json.dumps(stage_results))
+    made_of = json.loads((root / "posterior" / "config.json").read_text())
+    made_of["prior"] = fingerprint(load_prior(root / "prior"))
+    made_of["critic"] = fingerprint(load_iql_critic(root / "critic"))
+    (root / "posterior" / "config.json").write_text(json.dumps(made_of))
     return root
 
 

@@ -25,8 +25,9 @@ def evaluate_run(
     *,
     episodes: int,
     seed: int,
-) -> dict[str, dict[str, Any]]:
-    """The episodes of every method of a run whose stages are complete, on the CPU.
+) -> tuple[dict[str, dict[str, Any]], str | None]:
+    """The episodes of every method of a run whose stages are complete, on the CPU; and the digest
+    of the critic there.
 
     Those of a method whose weights, or the critic by which it acts, have changed are run anew.
     """
@@ -37,7 +38,7 @@ def evaluate_run(
     policies = {name: load_policy(run.directory, name, critic=critic) for name in methods}
     acting = {name: acting_digest(run.directory, name, told) for name in methods}
     given = stage, policies, acting, dataset.env_id, dataset.reference_returns
-    return evaluate_methods(*given, episodes=episodes, seed=seed)
+    return evaluate_methods(*given, episodes=episodes, seed=seed), told
 
 
 def acting_digest(root: Path, method: str, critic: str | None) -> str:

@@ -226,7 +226,7 @@ class Job:
         """
         dataset, curve = self.dataset, self.curve(self.out / (trained or ""))
         counts = {"episodes": self.budget.episodes, "seed": self.settings.seed}
-        rows = evaluate_run(self.run, methods, dataset, critic, **counts)
+        rows, told = evaluate_run(self.run, methods, dataset, critic, **counts)
         timings, diagnostics = stage_results(self.out)
         print_table(dataset, rows)
         print_diagnostics(diagnostics)
@@ -241,6 +241,7 @@ class Job:
                 "dataset": {**data_facts(dataset), "summary": asdict(summarise(dataset))},
                 "versions": manifest["versions"],
                 "manifest": manifest,
+                "critic_sha256": told,
                 "curve": curve.points,
                 "best": curve.best,
                 "wall_seconds": time.monotonic() - self.begun,

@@ -11,13 +11,12 @@ from torch import Generator, Tensor
 
 from rtb_rl.core import Sampler
 from rtb_rl.errors import InputError
-from rtb_rl.rl.critics.critic import Critic, IQLCritic, load_critic
+from rtb_rl.rl.critics.critic import Critic
 from rtb_rl.rl.critics.gaussian_policy import GaussianPolicy, MeanActionPolicy
-from rtb_rl.rl.critics.training import CriticSettings, new_critic
-from rtb_rl.rl.data.dataset import TransitionDataset
-from rtb_rl.rl.data.readers import load_dataset
+from rtb_rl.rl.critics.identity import told_by_tensors
 from rtb_rl.rl.episodes.evaluation import Policy
 from rtb_rl.rl.fitted import fitted_config
+from rtb_rl.rl.jobs.run_critic import load_run_critic
 from rtb_rl.rl.peers.d3rlpy_peer import load_d3rlpy
 from rtb_rl.rl.peers.diffusion_q import load_diffusion_q
 from rtb_rl.rl.peers.energy_guidance import load_energy_guidance
@@ -26,9 +25,8 @@ from rtb_rl.rl.posteriors.amortised import AmortisedPolicy, amortised_model
 from rtb_rl.rl.posteriors.policy import DiffusionPolicy
 from rtb_rl.rl.posteriors.posterior import posterior_model
 from rtb_rl.rl.posteriors.prior import ActionDiffusion, ActionNetwork
-from rtb_rl.rl.posteriors.soft_critic import load_soft_critic
 from rtb_rl.training.seeding import generator_for
-from rtb_rl.training.stage import load_weights
+from rtb_rl.training.stage import fingerprint, load_weights
 
 
 @dataclass(frozen=True)
@@ -87,6 +85,7 @@ def _rtb_best_of_n(root: Path, config: dict[str, Any], critic: Critic | None) ->
 
 def _amortised(root: Path, config: dict[str, Any], critic: Critic | None) -> Policy:
     stage, prior = fitted_config(root / "amortised"), load_prior(root / "prior")
+    check_made_of(root / "amortised", "prior", prior)
     network = ActionNetwork(**stage["amortised"]["network"])
     model = amortised_model(prior, stage["observation_size"], network, seed=0)
     load_weights(root / "amortised", model)
@@ -172,10 +171,17 @@ def load_prior(directory: Path) -> ActionDiffusion:
 
 
 def load_posterior(root: Path, critic: Critic | None = None) -> ActionDiffusion:
-    """The posterior of a run; `critic` stands in for one that it was given as a Python object."""
-    langevin = posterior_settings(root)["langevin"]
+    """The posterior of a run; `critic` stands in for one that it was given as a Python object.
+
+    Raises InputError where it was fitted to another prior than the one of the run, or climbs
+    another critic.
+    """
+    langevin, prior = posterior_settings(root)["langevin"], load_prior(root / "prior")
     needed = critic or load_run_critic(root) if langevin else critic
-    posterior = posterior_model(load_prior(root / "prior"), needed, langevin=langevin)
+    check_made_of(root / "posterior", "prior", prior)
+    if needed is not None and langevin and told_by_tensors(needed):
+        check_made_of(root / "posterior", "critic", needed)
+    posterior = posterior_model(prior, needed, langevin=langevin)
     load_weights(root / "posterior", posterior)
     return posterior.requires_grad_(False).eval()
 
@@ -193,29 +199,12 @@ def load_gaussian(directory: Path) -> GaussianPolicy:
     return policy.requires_grad_(False).eval()
 
 
-def load_run_critic(root: Path) -> Critic:
-    """The critic of a run: the user's, by its name, or the one that the run fitted."""
-    config = fitted_config(root)
-    if config.get("critic"):
-        return load_critic(config["critic"], load_run_dataset(config))
-    if (root / "soft_critic").exists():
-        return load_soft_critic(root / "soft_critic")
-    return load_iql_critic(root / "critic")
-
-
-def load_run_dataset(config: dict[str, Any]) -> TransitionDataset:
-    """The data set that a run of this configuration had.
-
-    It could be opened, so actions outside the box, if there are any, were asked to be clipped.
-    """
-    return load_dataset(config["source"], env_id=config["env_id"], clip_actions=True)
-
-
-def load_iql_critic(directory: Path) -> IQLCritic:
-    """The critic that `fit_critic` left in a directory."""
-    config = fitted_config(directory)
-    critic = new_critic(
-        config["observation_size"], config["action_size"], CriticSettings(**config["critic"])
-    )
-    load_weights(directory, critic)
-    return critic.requires_grad_(False).eval()
+def check_made_of(stage: Path, name: str, part: object) -> None:
+    """InputError where a stage was fitted to another prior or critic, by its tensors, than this."""
+    told, here = fitted_config(stage).get(name), fingerprint(part)
+    if told not in (None, here):
+        raise InputError(
+            f"{stage} was fitted to another {name} than is here (sha256 {told[:12]} there,"
+            f" {here[:12]} here); put back the one it was made with, or remove {stage} and run the"
+            " same command again"
+        )
