@@ -16,3 +16,18 @@ def fitted_config(directory: Path) -> dict[str, Any]:
             "that was run"
         )
     return json.loads(path.read_text())
+
+
+def finished_config(directory: Path) -> dict[str, Any]:
+    """config.json of a stage that is complete; InputError for one that is not."""
+    config = fitted_config(directory)
+    check_finished(directory)
+    return config
+
+
+def check_finished(directory: Path) -> None:
+    """InputError for a stage, or a run, that was not run to its end."""
+    if not (directory / "results.json").exists():
+        raise InputError(
+            f"{directory} is not finished (no results.json); run the same command again"
+        )

@@ -206,7 +206,7 @@ def test_training_that_was_stopped_starts_again(recorded, fake, tmp_path, monkey
         patch.setattr("rtb_rl.rl.episodes.curve.Curve.__call__", stop)
         run(recorded, tmp_path / "cut", fake / "python", curve=2)
     assert (tmp_path / "cut" / "d3rlpy" / "metrics.jsonl").exists()
-    with pytest.raises(InputError, match="has not ended"):
+    with pytest.raises(InputError, match="d3rlpy is not finished .*run the same command again"):
         load_policy(tmp_path / "cut")
     again = run(recorded, tmp_path / "cut", fake / "python", curve=2)
     assert again["methods"] == whole["methods"] and again["curve"] == whole["curve"]

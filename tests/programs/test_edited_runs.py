@@ -143,3 +143,19 @@ def test_a_posterior_goes_with_its_prior_and_with_the_critic_it_climbs(folder, c
             load_policy(out, "rtb")
         path.write_text(json.dumps(config))
     assert load_policy(out, "rtb")
+
+
+def test_a_run_that_was_interrupted_says_so_and_goes_on(folder, tmp_path, monkeypatch):
+    """It said to remove the stage, and with it the training that would have gone on."""
+
+    def stop(*given, **settings):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "cut"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("rtb_rl.rl.posteriors.posterior.diagnose_policy", stop)
+        run("rtb_iql", out)
+    with pytest.raises(InputError, match="posterior is not finished .*run the same command again"):
+        load_policy(out)
+    assert load_policy(out, "prior") and load_policy(out, "iql")
+    assert run("rtb_iql", out) == run("rtb_iql", folder / "main")

@@ -10,7 +10,7 @@ from rtb_rl.rl.critics.identity import critic_fingerprint
 from rtb_rl.rl.critics.training import CriticSettings, new_critic
 from rtb_rl.rl.data.dataset import TransitionDataset
 from rtb_rl.rl.data.readers import load_dataset
-from rtb_rl.rl.fitted import fitted_config
+from rtb_rl.rl.fitted import finished_config, fitted_config
 from rtb_rl.rl.posteriors.soft_critic import load_soft_critic
 from rtb_rl.training.stage import load_weights
 
@@ -60,7 +60,7 @@ def load_run_dataset(config: dict[str, Any]) -> TransitionDataset:
 
 def load_iql_critic(directory: Path) -> IQLCritic:
     """The critic that `fit_critic` left in a directory."""
-    config = fitted_config(directory)
+    config = finished_config(directory)
     critic = new_critic(
         config["observation_size"], config["action_size"], CriticSettings(**config["critic"])
     )

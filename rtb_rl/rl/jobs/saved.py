@@ -15,7 +15,7 @@ from rtb_rl.rl.critics.critic import Critic
 from rtb_rl.rl.critics.gaussian_policy import GaussianPolicy, MeanActionPolicy
 from rtb_rl.rl.critics.identity import told_by_tensors
 from rtb_rl.rl.episodes.evaluation import Policy
-from rtb_rl.rl.fitted import fitted_config
+from rtb_rl.rl.fitted import check_finished, finished_config, fitted_config
 from rtb_rl.rl.jobs.run_critic import load_run_critic
 from rtb_rl.rl.peers.d3rlpy_peer import load_d3rlpy
 from rtb_rl.rl.peers.diffusion_q import load_diffusion_q
@@ -84,7 +84,7 @@ def _rtb_best_of_n(root: Path, config: dict[str, Any], critic: Critic | None) ->
 
 
 def _amortised(root: Path, config: dict[str, Any], critic: Critic | None) -> Policy:
-    stage, prior = fitted_config(root / "amortised"), load_prior(root / "prior")
+    stage, prior = finished_config(root / "amortised"), load_prior(root / "prior")
     check_made_of(root / "amortised", "prior", prior)
     network = ActionNetwork(**stage["amortised"]["network"])
     model = amortised_model(prior, stage["observation_size"], network, seed=0)
@@ -98,12 +98,13 @@ def acting_beta(root: Path) -> float:
     """The strength at which the posterior of all strengths acts."""
     beta = fitted_config(root / "amortised")["acting_beta"]
     if beta is None:
+        check_finished(root / "acting")
         beta = json.loads((root / "acting" / "results.json").read_text())["beta"]
     return beta
 
 
 def _qgpo(root: Path, config: dict[str, Any], critic: Critic | None) -> Policy:
-    fitted_config(root / "qgpo")  # before its settings: a run of another program has neither
+    finished_config(root / "qgpo")  # before its settings: a run of another program has neither
     scale = config["settings"]["qgpo"]["scale"]
     return load_energy_guidance(root / "qgpo", load_prior(root / "prior"), scale=scale)
 
@@ -141,7 +142,7 @@ METHODS = {
 
 def posterior_settings(root: Path) -> dict[str, Any]:
     """Those that the posterior of a run was fitted with."""
-    return fitted_config(root / "posterior")["posterior"]
+    return finished_config(root / "posterior")["posterior"]
 
 
 def _acting(
@@ -159,7 +160,7 @@ def _acting(
 
 def load_prior(directory: Path) -> ActionDiffusion:
     """The behaviour prior that `fit_prior` left in a directory."""
-    config = fitted_config(directory)
+    config = finished_config(directory)
     model = ActionDiffusion(
         config["observation_size"],
         config["action_size"],
@@ -188,7 +189,7 @@ def load_posterior(root: Path, critic: Critic | None = None) -> ActionDiffusion:
 
 def load_gaussian(directory: Path) -> GaussianPolicy:
     """The Gaussian policy that `fit_gaussian_policy` left in a directory."""
-    config = fitted_config(directory)
+    config = finished_config(directory)
     policy = GaussianPolicy(
         config["observation_size"],
         action_low=torch.tensor(config["action_low"]),

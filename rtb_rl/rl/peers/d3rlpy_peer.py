@@ -21,7 +21,7 @@ from rtb_rl.errors import InputError
 from rtb_rl.rl.critics.training import CriticSettings, scaled_for_critic
 from rtb_rl.rl.data.dataset import TransitionDataset, data_facts
 from rtb_rl.rl.episodes.curve import Watch, unwatched
-from rtb_rl.rl.fitted import fitted_config
+from rtb_rl.rl.fitted import finished_config
 from rtb_rl.rl.peers.scripted_policy import ScriptedPolicy, load_scripted_policy
 from rtb_rl.training.checkpoint import replace_file
 from rtb_rl.training.progress import progress
@@ -166,15 +166,12 @@ def fit_d3rlpy(
 def load_d3rlpy(directory: str | Path) -> ScriptedPolicy:
     """The policy that `fit_d3rlpy` left in a directory."""
     directory = Path(directory)
-    config = fitted_config(directory)
-    path = directory / "results.json"
-    if not path.exists():
-        raise InputError(f"{directory} holds a training that has not ended; run it to its end")
+    config = finished_config(directory)
     return load_scripted_policy(
         directory / POLICY,
         action_low=torch.tensor(config["action_low"]),
         action_high=torch.tensor(config["action_high"]),
-        sha256=json.loads(path.read_text())["sha256"],
+        sha256=json.loads((directory / "results.json").read_text())["sha256"],
     )
 
 

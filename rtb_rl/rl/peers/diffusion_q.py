@@ -14,7 +14,7 @@ from rtb_rl.rl.critics.training import CriticSettings, scaled_for_critic
 from rtb_rl.rl.critics.twin_q import TwinQ
 from rtb_rl.rl.data.dataset import TransitionDataset, Transitions, data_facts
 from rtb_rl.rl.episodes.curve import Watch, unwatched
-from rtb_rl.rl.fitted import fitted_config
+from rtb_rl.rl.fitted import finished_config
 from rtb_rl.rl.peers.diffusion_q_policy import DiffusionQPolicy, draw_actions
 from rtb_rl.rl.posteriors.prior import ActionDiffusion, ActionNetwork
 from rtb_rl.training.checkpoint import Stateful
@@ -211,7 +211,7 @@ def fit_diffusion_q(
 
 def load_diffusion_q(directory: str | Path) -> DiffusionQPolicy:
     """The policy that `fit_diffusion_q` left in a directory."""
-    config = fitted_config(Path(directory))
+    config = finished_config(Path(directory))
     network = ActionNetwork(**config["dql"]["network"])
     settings = DiffusionQSettings(**{**config["dql"], "network": network})
     model = _networks(config["observation_size"], config["action_size"], network, seed=0)

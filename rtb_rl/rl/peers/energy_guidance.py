@@ -25,7 +25,7 @@ from rtb_rl.rl.critics.critic import Critic, check_critic
 from rtb_rl.rl.critics.identity import critic_fingerprint
 from rtb_rl.rl.data.dataset import TransitionDataset, data_facts
 from rtb_rl.rl.episodes.curve import Watch, unwatched
-from rtb_rl.rl.fitted import fitted_config
+from rtb_rl.rl.fitted import finished_config
 from rtb_rl.rl.peers.contrastive_energy import EnergyTrainer
 from rtb_rl.rl.posteriors.policy import DiffusionPolicy
 from rtb_rl.rl.posteriors.prior import ActionDiffusion
@@ -179,7 +179,7 @@ def load_energy_guidance(
     directory: str | Path, prior: ActionDiffusion, *, scale: float = 1.0
 ) -> DiffusionPolicy:
     """The policy of the energy that `fit_energy_guidance` left in a directory, and its prior."""
-    config = fitted_config(Path(directory))
+    config = finished_config(Path(directory))
     if config["prior"] != fingerprint(prior):
         raise InputError(f"{directory} was fitted to another prior; give the one beside it")
     energy = _new_energy(prior, config["observation_size"], seed=0)

@@ -17,7 +17,7 @@ from rtb_rl.rl.critics.twin_q import TwinQ
 from rtb_rl.rl.data.dataset import TransitionDataset, Transitions, data_facts
 from rtb_rl.rl.episodes.action_box import to_box
 from rtb_rl.rl.episodes.curve import Watch, unwatched
-from rtb_rl.rl.fitted import fitted_config
+from rtb_rl.rl.fitted import finished_config
 from rtb_rl.training.checkpoint import Stateful
 from rtb_rl.training.loop import train
 from rtb_rl.training.run import Run
@@ -228,7 +228,7 @@ def fit_td3_bc(
 
 def load_td3_bc(directory: str | Path) -> DeterministicPolicy:
     """The policy that `fit_td3_bc` left in a directory."""
-    config = fitted_config(Path(directory))
+    config = finished_config(Path(directory))
     policy = DeterministicPolicy(
         config["observation_size"],
         action_low=torch.tensor(config["action_low"]),

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from rtb_rl.errors import InputError
 from rtb_rl.rl.critics.training import CriticSettings, scaled_for_critic
 from rtb_rl.rl.data.dataset import TransitionDataset, data_facts
-from rtb_rl.rl.fitted import fitted_config
+from rtb_rl.rl.fitted import finished_config
 from rtb_rl.rl.posteriors.prior import ActionDiffusion
 from rtb_rl.rl.posteriors.prior_actions import (
     PriorActions,
@@ -150,7 +150,7 @@ def _train(
 
 def load_soft_critic(directory: str | Path) -> SoftCritic:
     """The critic that `fit_soft_critic` left in a directory."""
-    config = fitted_config(Path(directory))
+    config = finished_config(Path(directory))
     critic = _new_critic(config, SoftCriticSettings(**config["soft_critic"]), seed=0)
     load_weights(Path(directory), critic)
     return critic.requires_grad_(False).eval()
