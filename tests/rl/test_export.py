@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rtb_rl import cli
-from rtb_rl.core import trajectory
+from rtb_rl.core import Sampler, trajectory
 from rtb_rl.errors import InputError
 from rtb_rl.rl import evaluate, load_dataset, load_policy
 from rtb_rl.rl.critics.training import (
@@ -29,6 +29,7 @@ from rtb_rl.rl.export.exporting import export_policy, largest_difference, load_e
 from rtb_rl.rl.export.module import draw_noise, exported_policy
 from rtb_rl.rl.jobs.run_critic import load_iql_critic
 from rtb_rl.rl.jobs.saved import load_prior
+from rtb_rl.rl.peers.energy_guidance import EnergyGuidedDenoiser
 from rtb_rl.rl.posteriors.policy import DiffusionPolicy
 from rtb_rl.rl.posteriors.posterior import PosteriorSettings, fit_posterior, posterior_model
 from rtb_rl.rl.posteriors.prior import ActionDiffusion, ActionNetwork, fit_prior
@@ -166,6 +167,23 @@ def test_what_cannot_be_exported_is_refused():
         module_of(policy_of(langevin=True, critic=Quadratic()), Holding(Quadratic()))
     with pytest.raises(InputError, match="can't be traced .*without branches"):
         tracing.traced(module_of(policy_of(candidates=2, critic=Branching())))
+
+
+def guided_policy(scale):
+    prior = ActionDiffusion(3, 2, SMALL, generator=generator_for(0, "prior"))
+    prior = disturb(prior)
+    energy = EnergyGuidedDenoiser(
+        prior.diffusion, prior.denoiser, lambda x, level, s: -x.square().sum(1), scale=scale
+    )
+    sampler = Sampler(prior.diffusion, energy)
+    return DiffusionPolicy(sampler, action_low=LOW, action_high=HIGH)
+
+
+def test_a_policy_that_a_learned_energy_guides_is_refused_by_that_name():
+    """A critic of one's own was blamed, which there was none."""
+    with pytest.raises(InputError, match="'qgpo' is guided by the gradient .*--method.* prior"):
+        exported_policy(guided_policy(1.0), "qgpo", None, 3)
+    tracing.traced(exported_policy(guided_policy(0.0), "qgpo", None, 3))  # it is the prior
 
 
 @pytest.fixture(scope="module")

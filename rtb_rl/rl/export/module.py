@@ -9,6 +9,7 @@ from rtb_rl.nn import LangevinDenoiser
 from rtb_rl.rl.critics.critic import Critic
 from rtb_rl.rl.critics.gaussian_policy import GaussianPolicy, MeanActionPolicy
 from rtb_rl.rl.episodes.evaluation import Policy
+from rtb_rl.rl.peers.energy_guidance import EnergyGuidedDenoiser
 from rtb_rl.rl.peers.td3_bc import DeterministicPolicy
 from rtb_rl.rl.posteriors.policy import DiffusionPolicy
 
@@ -119,8 +120,8 @@ def exported_policy(
 ) -> ExportedPolicy:
     """The module of a policy. `critic` is the one whose gradient a Langevin posterior takes.
 
-    InputError for a policy that is neither a diffusion nor a single action, and for a Langevin
-    posterior whose critic has no gradient in closed form.
+    InputError for a policy that is neither a diffusion nor a single action, for one that a learned
+    energy guides, and for a Langevin posterior whose critic has no gradient in closed form.
     """
     if isinstance(policy, MeanActionPolicy):
         policy = policy.policy
@@ -147,12 +148,7 @@ def exported_policy(
             " another --method"
         )
     langevin = takes_a_gradient(policy)
-    if langevin and not callable(getattr(critic, "action_gradient", None)):
-        raise InputError(
-            f"method {method!r} takes the gradient of {type(critic).__name__} by autograd, which"
-            " can't be exported; give the critic a method action_gradient(observation, action), or"
-            " train without the Langevin term"
-        )
+    _check_gradients(method, denoiser, critic, langevin=langevin)
     return ExportedPolicy(
         DenoisingProposal(diffusion, denoiser),
         observation_size=observation_size,
@@ -162,6 +158,23 @@ def exported_policy(
         critic=policy.critic if policy.candidates > 1 else None,
         traced_with=critic if langevin else None,
     ).eval()
+
+
+def _check_gradients(
+    method: str, denoiser: nn.Module, critic: Critic | None, *, langevin: bool
+) -> None:
+    """InputError for a gradient that is taken by autograd, which no file can hold."""
+    if any(isinstance(part, EnergyGuidedDenoiser) and part.scale for part in denoiser.modules()):
+        raise InputError(
+            f"method {method!r} is guided by the gradient of a learned energy, by autograd, which"
+            " can't be exported; name another --method of the run, such as prior"
+        )
+    if langevin and not callable(getattr(critic, "action_gradient", None)):
+        raise InputError(
+            f"method {method!r} takes the gradient of {type(critic).__name__} by autograd, which"
+            " can't be exported; give the critic a method action_gradient(observation, action), or"
+            " train without the Langevin term"
+        )
 
 
 def takes_a_gradient(policy: Policy) -> bool:
