@@ -6,7 +6,6 @@ maintained environments are Gymnasium's `*-v4`: same model files and rewards, ne
 """
 
 import difflib
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
@@ -229,12 +228,3 @@ def task_of_stem(stem: str) -> str:
     """The D4RL task whose file has this stem, `hopper-medium-v2` of `hopper_medium-v2`; else it."""
     names = (t.name for t in D4RL_TASKS.values() if stem == PurePosixPath(t.path).stem)
     return next(names, stem)
-
-
-def episode_limit(env_id: str | None) -> int | None:
-    """Steps after which this environment, and nothing else, cuts an episode; None where unknown.
-
-    1000 for locomotion. Demonstrations and mazes end when their collector chose, so None there.
-    """
-    bodies = "Hopper|HalfCheetah|Walker2d|Ant|Humanoid|Swimmer"
-    return 1000 if env_id and re.fullmatch(rf"({bodies})-v\d+", env_id) else None

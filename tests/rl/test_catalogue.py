@@ -8,9 +8,9 @@ from rtb_rl.rl.catalogue import (
     ENVIRONMENTS,
     SERVERS,
     environment_of,
-    episode_limit,
     find_task,
 )
+from rtb_rl.rl.episodes.environment_ids import episode_limit
 
 # Paths on D4RL's server, one of each family and every irregular one.
 PUBLISHED = {

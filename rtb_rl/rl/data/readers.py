@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-import minari
 import numpy as np
 from gymnasium import spaces
-from minari.dataset.minari_dataset import EpisodeData
 from minari.storage.datasets_root_dir import get_dataset_path
 
 from rtb_rl.errors import InputError
@@ -21,16 +19,17 @@ from rtb_rl.rl.catalogue import (
     ENVIRONMENTS,
     OGBENCH,
     environment_of,
-    episode_limit,
     find_task,
 )
 from rtb_rl.rl.data import download
 from rtb_rl.rl.data.dataset import TransitionDataset, arrays_sha256
+from rtb_rl.rl.data.minari_data import minari_directory, minari_recording
 from rtb_rl.rl.data.ogbench_data import KEYS as OGBENCH_KEYS
 from rtb_rl.rl.data.ogbench_data import is_ogbench, ogbench_id, read_arrays, read_task, task_of_file
-from rtb_rl.rl.data.recording import Recording
+from rtb_rl.rl.data.recording import Recording, references
 from rtb_rl.rl.data.rows import FINAL, KEYS, OTHER_NAMES
-from rtb_rl.rl.episodes.environments import flat_keys, make_environment
+from rtb_rl.rl.episodes.environment_ids import episode_limit, split_options, with_options
+from rtb_rl.rl.episodes.environments import make_environment
 
 Source = str | Path | Mapping[str, Any]
 UNIT_BOX = (-1.0, 1.0)
@@ -49,16 +48,16 @@ def load_dataset(
     A D4RL task name, or `ogbench:` and the name of a single task (both downloaded once); an .hdf5,
     .h5 or .npz file or a mapping of arrays under the flat D4RL keys, an .npz file in OGBench's
     layout (`env_id`: its task); a Minari id or the directory of a Minari data set.
-    `env_id` is the environment to evaluate in; when not given, that of the file's attributes or of
-    Minari's specification, or the one that the name stands for. `action_box` (low, high) likewise:
-    Minari's, else the environment's. Actions outside it are refused unless `clip_actions`; those of
-    D4RL task names and of OGBench are clipped, as their environments clip them. Dictionary
-    observations become vectors by `environments.flat_keys`, otherwise in the order of
-    gymnasium.spaces.flatten.
+    `env_id` is the environment to evaluate in, with options or without; when not given, that of the
+    file's attributes, or the one that Minari's specification names, or the name stands for.
+    `action_box` (low, high) likewise: Minari's, else the environment's. Actions outside it are
+    refused unless `clip_actions`; those of D4RL task names and of OGBench are clipped, as their
+    environments clip them. Dictionary observations become vectors by `environments.flat_keys`,
+    otherwise in the order of gymnasium.spaces.flatten.
     """
-    env_id = ogbench_id(env_id)
     label = "the arrays" if isinstance(source, Mapping) else str(source)
     try:
+        env_id = ogbench_id(env_id and with_options(*split_options(env_id)))
         recording = _read(source, env_id)
         by_name = environment_of(recording.name)
         env_id = env_id or recording.env_id or (by_name.env_id if by_name else None)
@@ -87,7 +86,7 @@ def _read(source: Source, env_id: str | None) -> Recording:
     path = Path(source).expanduser()
     name = str(source)
     if path.is_dir():
-        return _minari_directory(path, env_id)
+        return minari_directory(path, env_id)
     if path.exists():
         return _read_file(path, env_id)
     if name.startswith(OGBENCH):
@@ -96,7 +95,7 @@ def _read(source: Source, env_id: str | None) -> Recording:
         raise InputError(f"no such file; give the path of one of type {', '.join(READERS)}")
     local = (get_dataset_path(name) / "data").exists()
     if name not in D4RL_TASKS and ("/" in name or local):
-        return _minari_recording(download.fetch_minari(name), env_id)
+        return minari_recording(download.fetch_minari(name), env_id)
     file = download.fetch_task(find_task(name))
     try:
         return replace(_read_file(file), name=name, source="d4rl")
@@ -124,7 +123,7 @@ def _read_file(path: Path, env_id: str | None = None) -> Recording:
         source=path.suffix.lstrip("."),
         sha256=download.file_sha256(path),
         env_id=recorded_id if re.fullmatch(r"[\w/:-]+-v\d+", recorded_id) else None,
-        reference=_references(attributes),
+        reference=references(attributes),
         notes=_cut_at_limit(arrays, path.stem),
     )
 
@@ -159,12 +158,6 @@ def _read_npz(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 READERS = {".hdf5": _read_hdf5, ".h5": _read_hdf5, ".npz": _read_npz}
 
 
-def _references(attributes: Mapping[str, Any]) -> tuple[float, float] | None:
-    """(random, expert) return, where the data set states both."""
-    low, high = attributes.get("ref_min_score"), attributes.get("ref_max_score")
-    return None if low is None or high is None else (float(low), float(high))
-
-
 def _cut_at_limit(arrays: dict[str, Any], name: str) -> tuple[str, ...]:
     """Add the timeouts that a D4RL file without any leaves to be counted; the remark on it.
 
@@ -190,71 +183,3 @@ def _environment_box(env_id: str | None) -> tuple[Any, Any]:
     space = environment.action_space
     environment.close()
     return (space.low, space.high) if isinstance(space, spaces.Box) else UNIT_BOX
-
-
-def _minari_directory(path: Path, env_id: str | None) -> Recording:
-    data = path if (path / "metadata.json").exists() else path / "data"
-    if not (data / "metadata.json").exists():
-        raise InputError(
-            "this directory holds no Minari data set (no metadata.json or data/metadata.json); "
-            "give the directory of one, or a file"
-        )
-    return _minari_recording(minari.MinariDataset(data), env_id)
-
-
-def _minari_recording(dataset: minari.MinariDataset, env_id: str | None) -> Recording:
-    """All episodes of a Minari data set as flat arrays, every next observation known."""
-    specification = dataset.env_spec
-    recorded_id = specification.id if specification is not None else None
-    keys = flat_keys(env_id or recorded_id or "")
-    box = dataset.action_space
-    if not isinstance(box, spaces.Box):
-        raise InputError(f"actions come from {box}; only continuous actions (Box) are supported")
-    try:
-        episodes = [_episode(one, dataset.observation_space, keys) for one in dataset]
-    except (OSError, KeyError, ValueError, AssertionError) as error:
-        raise InputError(f"the Minari data set is damaged ({error}); download it again") from error
-    if not episodes:
-        raise InputError("the Minari data set holds no episode; collect or download another")
-    arrays = {key: np.concatenate([one[key] for one in episodes]) for key in episodes[0]}
-    options = dict(specification.kwargs) if specification is not None else {}
-    return Recording(
-        arrays=arrays,
-        name=dataset.id,
-        source="minari",
-        sha256=arrays_sha256(arrays),
-        env_id=recorded_id,
-        reference=_references(dataset.storage.metadata),
-        action_box=(box.low, box.high),
-        notes=(f"recorded with options {options} of {recorded_id}",) if options else (),
-    )
-
-
-def _episode(
-    episode: EpisodeData, space: spaces.Space, keys: tuple[str, ...] | None
-) -> dict[str, np.ndarray]:
-    """The rows of an episode of T steps and T + 1 observations; its last row always ends it."""
-    observations = _vectors(episode.observations, space, keys)
-    truncations = np.array(episode.truncations, dtype=bool)
-    truncations[-1] |= not episode.terminations[-1]
-    return {
-        "observations": observations[:-1],
-        "actions": np.asarray(episode.actions, np.float32),
-        "rewards": np.asarray(episode.rewards, np.float32),
-        "terminals": np.asarray(episode.terminations, bool),
-        "timeouts": truncations,
-        "next_observations": observations[1:],
-    }
-
-
-def _vectors(observations: Any, space: spaces.Space, keys: tuple[str, ...] | None) -> np.ndarray:
-    """Observations [T + 1, ...] of a space as float32 [T + 1, d_o]; `keys` of a dictionary only."""
-    if isinstance(space, spaces.Dict):
-        parts = [(observations[key], space[key]) for key in (keys or space.keys())]
-    elif isinstance(space, spaces.Tuple):
-        parts = list(zip(observations, space, strict=True))
-    elif isinstance(space, spaces.Box):
-        return np.asarray(observations, np.float32).reshape(len(observations), -1)
-    else:
-        raise InputError(f"observations in {space} can't be flattened to numbers; record vectors")
-    return np.concatenate([_vectors(part, of, None) for part, of in parts], axis=1)

@@ -1,5 +1,6 @@
 """What a reader found, before it is checked and made into transitions."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,3 +23,9 @@ class Recording:
     action_box: tuple[Any, Any] | None = None
     notes: tuple[str, ...] = ()
     log: EpisodeLog | None = None
+
+
+def references(attributes: Mapping[str, Any]) -> tuple[float, float] | None:
+    """(random, expert) return, where the data set states both."""
+    low, high = attributes.get("ref_min_score"), attributes.get("ref_max_score")
+    return None if low is None or high is None else (float(low), float(high))

@@ -4,12 +4,13 @@ An environment id is a Gymnasium id (`Hopper-v5`, `AdroitHandDoor-v1`, ...), tak
 dict observations, which become one vector (`flat_keys`). Or it is D4RL's own name of a task that no
 Gymnasium id reproduces (`antmaze-umaze`, `kitchen-partial-v0`): see `d4rl_environments`. Or, with
 `ogbench:` in front, a single task of OGBench, whose return is its success: see
-`ogbench_environment`.
+`ogbench_environment`. An id of the first two kinds may carry options: see `environment_ids`.
 """
 
 import contextlib
 import difflib
 import io
+import json
 import math
 import re
 import warnings
@@ -22,6 +23,7 @@ from gymnasium import spaces
 from rtb_rl.errors import InputError
 from rtb_rl.rl.catalogue import OGBENCH
 from rtb_rl.rl.episodes.d4rl_environments import d4rl_environment
+from rtb_rl.rl.episodes.environment_ids import split_options
 from rtb_rl.rl.episodes.ogbench_environment import make_ogbench_environment
 
 ROBOTICS = re.compile(r"(AntMaze|PointMaze|AdroitHand|FrankaKitchen|Fetch|HandReach|HandManip)")
@@ -30,13 +32,14 @@ ROBOTICS = re.compile(r"(AntMaze|PointMaze|AdroitHand|FrankaKitchen|Fetch|HandRe
 def make_environment(env_id: str, *, render_mode: str | None = None) -> gymnasium.Env:
     """The environment of that id, with a flat float observation and a bounded continuous action.
 
-    Raises InputError for an unknown id (the nearest ones are named), for a missing extra
+    Raises InputError for an unknown id (the nearest ones are named) or option, for a missing extra
     `robotics`, and for observations or actions that are not vectors of floats.
     """
     if env_id.startswith(OGBENCH):
         return make_ogbench_environment(env_id, render_mode)
-    registered, options, restored = d4rl_environment(env_id) or (env_id, {}, None)
-    env = _make(registered, render_mode, **options)
+    plain, options = split_options(env_id)
+    registered, restoring, restored = d4rl_environment(plain) or (plain, {}, None)
+    env = _make(registered, render_mode, {**restoring, **options})
     if restored is not None:
         return restored(env)
     if isinstance(env.observation_space, spaces.Dict):
@@ -51,21 +54,26 @@ def make_environment(env_id: str, *, render_mode: str | None = None) -> gymnasiu
     return env
 
 
-def _make(env_id: str, render_mode: str | None, **options: Any) -> gymnasium.Env:
+def _make(env_id: str, render_mode: str | None, options: dict[str, Any]) -> gymnasium.Env:
     """`gymnasium.make` without its notices about other versions, errors as InputError."""
     if ROBOTICS.match(env_id):
         _import_robotics(env_id)
-    if render_mode is not None:
-        options["render_mode"] = render_mode
+    given: dict[str, Any] = {} if render_mode is None else {"render_mode": render_mode}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)
         warnings.filterwarnings("ignore", ".*Using the latest versioned", UserWarning)
         try:
-            return gymnasium.make(env_id, disable_env_checker=True, **options)
+            return gymnasium.make(env_id, disable_env_checker=True, **options, **given)
         except (gymnasium.error.UnregisteredEnv, gymnasium.error.DependencyNotInstalled) as error:
             raise InputError(_unknown(env_id)) from error
         except (gymnasium.error.Error, ImportError) as error:
             raise InputError(f"{_unknown(env_id)} ({error})") from error
+        except (TypeError, ValueError, AssertionError, KeyError) as error:
+            if not options:
+                raise
+            raise InputError(
+                f"environment {env_id!r} can't be made with options {options}: {error}"
+            ) from error
 
 
 def _unknown(env_id: str) -> str:
@@ -87,6 +95,21 @@ def _import_robotics(env_id: str) -> None:
             "pip install 'rtb-rl[robotics]'"
         ) from error
     gymnasium.register_envs(gymnasium_robotics)
+
+
+def registered_options(env_id: str) -> dict[str, Any]:
+    """What an environment is made with where nothing else is said, its limit included.
+
+    As JSON knows it (no tuples). Empty for an id that is not registered here.
+    """
+    if ROBOTICS.match(env_id):
+        with contextlib.suppress(InputError):
+            _import_robotics(env_id)
+    specification = gymnasium.registry.get(env_id)
+    if specification is None:
+        return {}
+    options = {**specification.kwargs, "max_episode_steps": specification.max_episode_steps}
+    return json.loads(json.dumps(options, default=str))
 
 
 def flat_keys(env_id: str) -> tuple[str, ...] | None:

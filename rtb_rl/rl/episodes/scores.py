@@ -51,9 +51,10 @@ def reference_returns(name: str) -> tuple[float, float] | None:
     """(random, expert) return of the D4RL environment that this name begins with.
 
     The name is that of a task, an environment id or the stem of a file. None for anything else:
-    Minari's `mujoco/hopper/medium-v0` isn't D4RL's data, and `*-v5` are other environments.
+    Minari's `mujoco/hopper/medium-v0` isn't D4RL's data, and `*-v5` are other environments, as are
+    those with options (`environment_ids`).
     """
-    key = None if re.search(r"-v[5-9]$", name) else longest_prefix(name, REFERENCE_RETURNS)
+    key = None if re.search(r"-v[5-9]$|\{", name) else longest_prefix(name, REFERENCE_RETURNS)
     return None if key is None else REFERENCE_RETURNS[key]
 
 

@@ -23,7 +23,8 @@ class JobSettings:
     """D4RL task, ogbench: and a single task, Minari id, or .hdf5 / .npz file; not given: made with
     the behaviour policies that come with the package."""
     env_id: str | None = None
-    """Gymnasium environment to evaluate in; found from the data set where it says so."""
+    """Gymnasium environment to evaluate in, plain or with options as in Pendulum-v1{"g":2.0}; found
+    from the data set where it says so."""
     out: Path = Path("runs/latest")
     """Directory of the run; the same command continues what it finds there."""
     seed: int = 0
