@@ -112,7 +112,7 @@ class Finetuner:
         self.optimiser.step()
         self.average.update(task.posterior)
         return {
-            "rtb/residual_std": residual(log_z, weight).std(),
+            **_spread(residual(log_z, weight)),
             "rtb/loss": loss.detach(),
             "rtb/log_z": log_z.mean(),
             "rtb/log_ratio": ratio.detach().mean(),
@@ -173,6 +173,11 @@ class Finetuner:
             "replay": self.paths.replay,
             "generator": GeneratorState(self.generator),
         }
+
+
+def _spread(residual: Tensor) -> dict[str, Tensor]:
+    """The standard deviation of the residuals, which one path has not."""
+    return {"rtb/residual_std": residual.std()} if len(residual) > 1 else {}
 
 
 def _check_finite(step: int, **terms: Tensor) -> None:

@@ -351,3 +351,12 @@ def test_diagnostics_of_the_prior_under_a_constant_reward_are_exact():
     assert found["elbo"] == pytest.approx(0.5) and found["log_z"] == pytest.approx(0.5)
     assert found["ess"] == pytest.approx(1.0) and found["residual_std"] == pytest.approx(0.0)
     assert found["kl"] == 0.0
+
+
+def test_one_path_an_update_is_trained_from_and_has_no_spread(tmp_path):
+    finetuner = make_finetuner(make_task(), conditions=1, mix=Mix(1, data=0))
+    run = Run(tmp_path, {})
+    train(run, finetuner.update, finetuner.parts, steps=2, description="t", log_every=1)
+    assert "rtb/residual_std" not in finetuner.update(2)
+    more = make_finetuner(make_task(), conditions=2, mix=Mix(1, data=0)).update(0)
+    assert math.isfinite(float(more["rtb/residual_std"]))
