@@ -1,10 +1,13 @@
 """The replay remembers the newest points with what belongs to them, and draws them uniformly."""
 
+import math
+
 import pytest
 import torch
 from torch import Generator, Tensor
 
 from rtb_rl.core import SampleReplay
+from rtb_rl.errors import NonFiniteError
 
 
 def rows(first: int, count: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
@@ -107,3 +110,29 @@ def test_what_was_saved_on_one_device_goes_to_that_of_the_replay():
 def test_one_number_a_point_alone_is_stored():
     with pytest.raises(ValueError, match=r"3 points, 3 conditions and log-rewards \(3, 1\)"):
         SampleReplay(4).add(*rows(0, 3)[:2], torch.zeros(3, 1))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_reward_that_is_no_reward_is_not_stored(bad):
+    """A tilted replay would draw its point, or another, for ever."""
+    replay = SampleReplay(4)
+    with pytest.raises(NonFiniteError, match=f"is {bad} at point 1"):
+        replay.add(torch.ones(3, 2), None, torch.tensor([0.0, bad, 0.0]))
+    assert len(replay) == 0
+
+
+def test_with_impossible_points_alone_a_tilted_replay_draws_uniformly():
+    replay, x0 = SampleReplay(4, tilt=1.0), torch.arange(4.0)[:, None]
+    replay.add(x0, None, torch.full((4,), -torch.inf))
+    drawn = replay.sample(4000, generator=Generator().manual_seed(0))[0].long().flatten()
+    share = torch.bincount(drawn, minlength=4) / 4000
+    assert bool(((share - 0.25).abs() < 4.5 * (0.1875 / 4000) ** 0.5).all())
+    replay.add(x0[:2] + 4, None, torch.tensor([0.0, -torch.inf]))
+    drawn = replay.sample(100, generator=Generator().manual_seed(0))[0]
+    assert drawn.unique().tolist() == [4.0]
+
+
+@pytest.mark.parametrize("tilt", [-0.5, math.nan, math.inf])
+def test_a_tilt_away_from_the_reward_is_refused(tilt):
+    with pytest.raises(ValueError, match=f"tilt is {tilt}"):
+        SampleReplay(4, tilt=tilt)
