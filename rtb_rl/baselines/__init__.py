@@ -3,11 +3,9 @@
 from rtb_rl.baselines.adjoint import AdjointMatching
 from rtb_rl.baselines.denoising import DenoisingPosterior, DenoisingSettings
 from rtb_rl.baselines.draws import Draws
-from rtb_rl.baselines.guidance import (
-    dps,
-    lgd_mc,
+from rtb_rl.baselines.guidance import dps, lgd_mc, noised_logits_guidance
+from rtb_rl.baselines.guidance_steps import (
     likelihood_step,
-    noised_logits_guidance,
     normalised_step,
     posterior_mean_step,
 )

@@ -6,25 +6,27 @@ high noise; none of these methods samples prior * r^beta / Z exactly, and none e
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Generator, Tensor
 
 from rtb_rl.baselines.draws import CountedDenoiser, Draws, as_rows, tempered
+from rtb_rl.baselines.guidance_steps import (
+    Guidance,
+    GuidanceStep,
+    likelihood_step,
+    posterior_mean_step,
+)
 from rtb_rl.core import (
     Denoiser,
     GaussianDiffusion,
-    GaussianKernel,
     LogReward,
     ScaledPrediction,
     conditions,
 )
 from rtb_rl.core.protocols import Condition
 from rtb_rl.errors import InputError
-
-ROUNDING = 1e-4
 
 BATCH = 1000
 """Rows whose gradients are taken together."""
@@ -33,53 +35,8 @@ Likelihood = Callable[[Tensor, Tensor, Condition], Tensor]
 """(predicted x0 [batch, *event], level [batch], condition) -> log-likelihood, nats: [batch]."""
 
 
-@dataclass(frozen=True)
-class Guidance:
-    """What a denoiser predicts at x, the log-likelihood [batch] of that, nats, and its gradient in
-    x [batch, *event]. Without graph.
-    """
-
-    prediction: Any
-    log_likelihood: Tensor
-    gradient: Tensor
-
-
-GuidanceStep = Callable[[Guidance, GaussianKernel], Tensor]
-"""What is added to a draw of the prior's kernel: [batch, *event]."""
-
-
-def likelihood_step(strength: float) -> GuidanceStep:
-    """strength * grad log r."""
-    return lambda guidance, kernel: strength * guidance.gradient
-
-
-def normalised_step(strength: float) -> GuidanceStep:
-    """strength * grad log r / sqrt(-2 log r), for each sample by itself.
-
-    With log r = -|y - A x0|^2 / (2 sigma^2) this is -(strength / sigma) grad |y - A x0|, the step
-    of the published code of arXiv 2209.14687 with zeta = strength / sigma (0.3 to 1). There the
-    norm runs over the whole batch, so that the step depends on the batch size; here it does not.
-    InputError where log r > 0: a residual norm needs a likelihood with maximum 1.
-    """
-
-    def step(guidance: Guidance, kernel: GaussianKernel) -> Tensor:
-        largest = float(guidance.log_likelihood.max())
-        if largest > ROUNDING:
-            raise InputError(
-                f"normalised_step reads -2 log r as a squared residual, but log r reaches"
-                f" {largest:.3g} > 0; subtract the maximum of log r, or use posterior_mean_step"
-            )
-        norm = (-2 * guidance.log_likelihood).clamp(min=1e-12).sqrt()
-        return strength * guidance.gradient / _like_events(norm, guidance.gradient)
-
-    return step
-
-
-def posterior_mean_step(guidance: Guidance, kernel: GaussianKernel) -> Tensor:
-    """std^2 * grad log r: the shift of the step's mean to first order (arXiv 2105.05233,
-    algorithm 1); needs no strength, and is exact for a linear log r as steps become small.
-    """
-    return kernel.std.square() * guidance.gradient
+Maximum = Callable[[Condition], Tensor | float]
+"""condition -> the largest log-likelihood that any x0 could have, nats: [batch], or one number."""
 
 
 def look_ahead(
@@ -132,6 +89,14 @@ def point_likelihood(log_reward: LogReward, beta: float) -> Likelihood:
     return lambda x0, level, condition: reward(x0, condition)
 
 
+def point_maximum(log_reward: LogReward, beta: float) -> Maximum:
+    """beta times what `log_reward.maximum(condition)` says, where it has one, or zero: of means of
+    r^beta as well.
+    """
+    maximum = getattr(log_reward, "maximum", None)
+    return lambda condition: 0.0 if maximum is None else beta * maximum(condition)
+
+
 def smoothed_likelihood(
     diffusion: GaussianDiffusion,
     log_reward: LogReward,
@@ -174,8 +139,10 @@ def dps(
     3 K calls a draw, and K gradients of log r, which must be differentiable. A draw depends on its
     own row only.
     """
-    likelihood = point_likelihood(log_reward, beta)
-    return _guided(diffusion, denoiser, likelihood, condition, n, step, generator=generator)
+    likelihood, maximum = point_likelihood(log_reward, beta), point_maximum(log_reward, beta)
+    return _guided(
+        diffusion, denoiser, likelihood, condition, n, step, maximum, generator=generator
+    )
 
 
 def lgd_mc(
@@ -197,7 +164,10 @@ def lgd_mc(
     gradients of log r.
     """
     likelihood = smoothed_likelihood(diffusion, log_reward, beta, particles, generator=generator)
-    return _guided(diffusion, denoiser, likelihood, condition, n, step, generator=generator)
+    maximum = point_maximum(log_reward, beta)
+    return _guided(
+        diffusion, denoiser, likelihood, condition, n, step, maximum, generator=generator
+    )
 
 
 def noised_logits_guidance(
@@ -240,20 +210,17 @@ def _guided(
     condition: Condition,
     n: int,
     step: GuidanceStep,
+    maximum: Maximum | None = None,
     *,
     generator: Generator,
 ) -> Draws:
     """x[k-1] = a draw of the prior's kernel + the guidance step, for k = K..1."""
     counted, each = CountedDenoiser(denoiser), conditions.repeat(condition, n)
     x = diffusion.start(n * (conditions.count(condition) or 1), generator=generator)
+    largest = 0.0 if maximum is None else maximum(each)
     for k in range(diffusion.levels, 0, -1):
         level = torch.full((len(x),), k, dtype=torch.int64, device=x.device)
         guidance = look_ahead(counted, likelihood, x, level, each)
         kernel = diffusion.kernel(guidance.prediction, x, level)
-        x = kernel.sample(generator=generator) + step(guidance, kernel)
+        x = kernel.sample(generator=generator) + step(replace(guidance, maximum=largest), kernel)
     return Draws(as_rows(x, condition, n), counted.calls / len(x))
-
-
-def _like_events(values: Tensor, x: Tensor) -> Tensor:
-    """[batch] with an axis of one for each event axis of x."""
-    return values.reshape(-1, *(1,) * (x.ndim - 1))

@@ -165,6 +165,10 @@ class Measurement:
         terms = ((y - mean) / self.sigma).square() / 2 + math.log(self.sigma * math.tau**0.5)
         return -terms.flatten(1).sum(1)
 
+    def maximum(self, y: Tensor) -> float:
+        """log N(y; A x, sigma^2 I) where A x = y, nats: the largest that there can be."""
+        return -math.log(self.sigma * math.tau**0.5) * math.prod(y.shape[1:])
+
 
 @dataclass(frozen=True, eq=False)
 class MeasurementReward:
@@ -174,12 +178,20 @@ class MeasurementReward:
     differentiable = True
 
     def __call__(self, x0: Tensor, condition: Condition) -> Tensor:
+        return self.measurement.log_likelihood(x0, self._observation(condition))
+
+    def maximum(self, condition: Condition) -> float:
+        """The largest log p(y | x0) that any x0 could have, nats: see `normalised_step`."""
+        return self.measurement.maximum(self._observation(condition))
+
+    @staticmethod
+    def _observation(condition: Condition) -> Tensor:
         if not isinstance(condition, dict) or OBSERVATION not in condition:
             raise InputError(
                 "a measurement needs the condition {'observation': y}, not"
                 f" {sorted(condition) if isinstance(condition, dict) else type(condition).__name__}"
             )
-        return self.measurement.log_likelihood(x0, condition[OBSERVATION])
+        return condition[OBSERVATION]
 
 
 def measurement_reward(measurement: Measurement) -> MeasurementReward:

@@ -4,6 +4,9 @@ import pytest
 import torch
 from torch.distributions import Normal
 
+from rtb_rl.baselines import dps, lgd_mc, normalised_step
+from rtb_rl.core import GaussianDiffusion, cosine_schedule, zero_terminal_signal
+from rtb_rl.core.gaussian import small_spread
 from rtb_rl.errors import InputError
 from rtb_rl.tasks.image.measurements import (
     GaussianBlur,
@@ -88,6 +91,54 @@ def test_the_gradient_of_the_likelihood(name):
     (found,) = torch.autograd.grad(reward(x, {"observation": y}).sum(), x)
     assert reward.differentiable
     assert torch.allclose(found, measurement.adjoint(y - measurement.apply(x)) / 0.3**2)
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.3, 0.4, 2.0])
+@pytest.mark.parametrize("beta", [1.0, 0.25])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_normalised_step_is_the_published_one(name, beta, sigma):
+    """x[k-1] moves by -(zeta' / |y - A x0|) grad |y - A x0|^2, whatever the density's constant."""
+    schedule = zero_terminal_signal(cosine_schedule(2))
+    diffusion = GaussianDiffusion(
+        schedule, SHAPE, small_spread(schedule, floor=0.05), dtype=torch.float64
+    )
+    measurement, zeta = Measurement(OPERATORS[name], sigma), 0.3
+    y = measurement.apply(normal(2, *SHAPE, seed=1))
+    visited, steps = [], []
+
+    def denoiser(x, level, condition):
+        visited.append(x.detach())
+        return 0.5 * x + x.sin()
+
+    def checked(guidance, kernel):
+        with torch.enable_grad():
+            x = visited[-1].clone().requires_grad_()
+            squared = (y - measurement.apply(0.5 * x + x.sin())).flatten(1).square().sum(1)
+            (gradient,) = torch.autograd.grad(squared.sum(), x)
+        strength = 2 * zeta * sigma / beta**0.5  # r^beta has the deviation sigma / sqrt(beta)
+        found = normalised_step(strength)(guidance, kernel)
+        expected = -zeta / squared.detach().sqrt().reshape(-1, 1, 1, 1) * gradient
+        torch.testing.assert_close(found, expected)
+        steps.append(found)
+        return found
+
+    condition = {"observation": y}
+    reward = measurement_reward(measurement)
+    dps(diffusion, denoiser, reward, condition, 1, beta=beta, step=checked, generator=generator())
+    assert len(steps) == 2 and all(float(step.abs().max()) > 1e-3 for step in steps)
+
+
+def test_the_normalised_step_of_smoothed_measurements_stays_below_the_point_s():
+    """A mean of r^beta is no larger than its maximum, so that every step is defined."""
+    schedule = zero_terminal_signal(cosine_schedule(4))
+    diffusion = GaussianDiffusion(
+        schedule, SHAPE, small_spread(schedule, floor=0.05), dtype=torch.float64
+    )
+    measurement = Measurement(SuperResolution(2), 0.05)
+    condition = {"observation": measurement.apply(normal(2, *SHAPE, seed=1))}
+    reward, step = measurement_reward(measurement), normalised_step(0.1)
+    given = (diffusion, lambda x, level, condition: 0.9 * x, reward, condition, 3)
+    assert lgd_mc(*given, step=step, generator=generator()).x0.isfinite().all()
 
 
 @pytest.mark.parametrize("name", OPERATORS)
