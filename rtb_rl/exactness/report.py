@@ -12,10 +12,12 @@ from rtb_rl.exactness.fit import Row
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """One line a case: median and worst over its seeds, the bound, and how many hold it."""
+    """One line a case: median and worst over its seeds, the bound, and how many hold it; NaN is
+    worse than any number.
+    """
     lines = [line("case", "runs", "median", "worst", "bound", "hold"), line(*6 * ["---"])]
     for case, group in by_case(rows).items():
-        values = sorted(row["value"] for row in group)
+        values = sorted((row["value"] for row in group), key=lambda v: (math.isnan(v), v))
         count, bound = len(values), group[0]["bound"]
         limit, hold = "", ""
         if bound is not None:
