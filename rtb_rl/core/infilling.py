@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rtb_rl.core import conditions
-from rtb_rl.core.masked import check_log_probs
+from rtb_rl.core.log_probs import check_log_probs
 from rtb_rl.core.on_demand import log_probs_at
 from rtb_rl.core.protocols import Condition, Denoiser
 

@@ -6,6 +6,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from rtb_rl.core.kernels import UnmaskingKernel, token_log_probs
+from rtb_rl.core.log_probs import check_log_probs, check_masked_position
 from rtb_rl.core.on_demand import OnDemandLogProbs
 from rtb_rl.core.reveals import RevealLaw
 
@@ -31,9 +32,10 @@ class MaskedDiffusion(nn.Module):
 
     `mask` is the id of the absorbing token; it may be V, one beyond the tokens that a denoiser
     gives probability to. A denoiser returns log-probabilities [batch, length, V] of the clean token
-    at every position, of which those at masked positions count, or a RevealPrediction. `reveals`
-    says which positions each step reveals; noising is the same chain backwards. x is int64 [batch,
-    length]. Without parameters. arXiv 2406.07524 (MDLM), 2310.16834 (SEDD).
+    at every position, of which those at masked positions count, or a RevealPrediction; ValueError
+    for logits. `reveals` says which positions each step reveals; noising is the same chain
+    backwards. x is int64 [batch, length]. Without parameters. arXiv 2406.07524 (MDLM), 2310.16834
+    (SEDD).
     """
 
     signal_left = 0.0
@@ -60,7 +62,7 @@ class MaskedDiffusion(nn.Module):
         """The law of x[level - 1] given x and the predicted tokens; `level` [batch] in 1..K."""
         log_probs, shift = _parts(prediction)
         self._check(x)
-        _check_prediction(log_probs, shift, x)
+        self._check_prediction(log_probs, shift, x)
         return UnmaskingKernel(log_probs, x, level, self.mask, self.reveals, shift)
 
     def corrupt(self, x0: Tensor, level: Tensor, *, generator: Generator) -> Tensor:
@@ -87,7 +89,7 @@ class MaskedDiffusion(nn.Module):
         log_probs, shift = _parts(prediction)
         self._check(x0)
         self._check(x)
-        _check_prediction(log_probs, shift, x)
+        self._check_prediction(log_probs, shift, x)
         probability = self.reveals.probability(x == self.mask, level)
         surprise = -token_log_probs(log_probs, x0, probability > 0)
         each = probability.to(surprise.dtype) * surprise
@@ -112,26 +114,16 @@ class MaskedDiffusion(nn.Module):
                 " convert ids with .long(), and build the diffusion for the length of the data"
             )
 
+    def _check_prediction(self, log_probs: LogProbs, shift: Tensor | None, x: Tensor) -> None:
+        if isinstance(log_probs, Tensor):
+            check_log_probs(log_probs, x)
+            check_masked_position(log_probs, x, self.mask)
+        if shift is not None and shift.shape != x.shape:
+            raise ValueError(
+                f"a reveal shift {list(shift.shape)} doesn't fit tokens {list(x.shape)}: give one"
+                " number a position"
+            )
+
 
 def _parts(prediction: LogProbs | RevealPrediction) -> tuple[LogProbs, Tensor | None]:
     return prediction if isinstance(prediction, RevealPrediction) else (prediction, None)
-
-
-def _check_prediction(log_probs: LogProbs, shift: Tensor | None, x: Tensor) -> None:
-    if isinstance(log_probs, Tensor):
-        check_log_probs(log_probs, x)
-    if shift is not None and shift.shape != x.shape:
-        raise ValueError(
-            f"a reveal shift {list(shift.shape)} doesn't fit tokens {list(x.shape)}: give one"
-            " number a position"
-        )
-
-
-def check_log_probs(log_probs: Tensor, x: Tensor) -> None:
-    """ValueError unless these are floats [batch, length, V] for tokens [batch, length]."""
-    if log_probs.ndim != 3 or log_probs.shape[:2] != x.shape or not log_probs.is_floating_point():
-        raise ValueError(
-            f"log-probabilities {log_probs.dtype} {list(log_probs.shape)} don't fit tokens"
-            f" {list(x.shape)}: a denoiser returns floats [batch, length, vocabulary] for every"
-            " position it is given; wrap one of longer sequences in Infilling"
-        )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rtb_rl.core import conditions
+from rtb_rl.core.log_probs import check_normalised
 from rtb_rl.core.protocols import Condition
 
 
@@ -19,7 +20,7 @@ class OnDemandLogProbs:
     """Log-probabilities [batch, length, V] that are computed at the positions asked for.
 
     `log_probs[chosen]`, bool [batch, length] -> [n, V] as of a tensor. Without gradient the last
-    answer is kept: a path is drawn from and scored at the same positions.
+    answer is kept: a path is drawn from and scored at the same positions. ValueError for logits.
     """
 
     def __init__(self, evaluate: Callable[[Tensor], Tensor]):
@@ -30,10 +31,15 @@ class OnDemandLogProbs:
         if not bool(chosen.any()):
             return torch.zeros((0, 1), device=chosen.device)
         if torch.is_grad_enabled():
-            return self._evaluate(chosen)
+            return self._evaluated(chosen)
         if self._last is None or not torch.equal(self._last[0], chosen):
-            self._last = chosen, self._evaluate(chosen)
+            self._last = chosen, self._evaluated(chosen)
         return self._last[1]
+
+    def _evaluated(self, chosen: Tensor) -> Tensor:
+        found = self._evaluate(chosen)
+        check_normalised(found[0].detach())
+        return found
 
     def tempered(self, factor: float) -> "OnDemandLogProbs":
         """At `factor` times the temperature."""

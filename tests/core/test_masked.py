@@ -1,5 +1,6 @@
 """Masked diffusion against enumeration: every sequence, every path."""
 
+import math
 from itertools import product
 
 import pytest
@@ -12,6 +13,7 @@ from rtb_rl.core import (
     Denoiser,
     FixedOrder,
     MaskedDiffusion,
+    OnDemand,
     RevealLaw,
     Sampler,
     Trajectory,
@@ -248,3 +250,41 @@ def test_log_ratio_of_a_shift_includes_the_choice_of_positions():
     path, total = rollout_against(diffusion, posterior, prior, None, 50, generator=seeded())
     expected = path_log_prob(diffusion, posterior, path) - path_log_prob(diffusion, prior, path)
     torch.testing.assert_close(total, expected.detach())
+
+
+@pytest.mark.parametrize("wrap", [lambda network: network, OnDemand])
+def test_raw_logits_are_refused_wherever_a_token_is_drawn_scored_or_learned(wrap):
+    """Drawing would normalise them and scoring would not."""
+    diffusion, x0 = diffusion_of(LAWS["linear"]), torch.tensor([[1, 0, 1]]).expand(8, -1)
+    logits = Table(2).logits.detach()
+    raw = wrap(lambda x, level, condition: logits[index_of(x, 3)])
+    path = noise_back(diffusion, x0, None, generator=seeded())
+    level = torch.full((8,), diffusion.levels)
+    masked = path.x[-1]
+    for use in (
+        lambda: rollout(diffusion, raw, None, 8, generator=seeded()),
+        lambda: log_ratio(diffusion, raw, Table(2), path, levels=level[None]),
+        lambda: log_ratio(diffusion, Table(2), raw, path, levels=level[None]),
+        lambda: diffusion.denoising_loss(raw(masked, level, None), x0, masked, level),
+    ):
+        with pytest.raises(ValueError, match="sum to .*TokenLogits"):
+            use()
+
+
+def test_what_is_said_of_tokens_that_are_clean_may_be_anything():
+    diffusion, level = diffusion_of(LAWS["linear"]), torch.full((2,), 2)
+    x = torch.tensor([[1, 2, 0], [2, 2, 2]])
+    log_probs = torch.where((x == 2)[..., None], math.log(0.5), 7.0).expand(-1, -1, 2)
+    drawn = diffusion.kernel(log_probs, x, level).sample(generator=seeded())
+    assert drawn[0, 0] == 1 and drawn[0, 2] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rounded_log_probabilities_are_none_the_less(dtype):
+    """A hundred tokens alike in bfloat16 sum to 1.01."""
+    diffusion = diffusion_of(LAWS["linear"], 100)
+    x, level = torch.full((4, LENGTH), 100), torch.full((4,), 2)
+    for logits in (torch.zeros(4, LENGTH, 100), 5 * normal(4, LENGTH, 100)):
+        diffusion.kernel(logits.to(dtype).log_softmax(-1), x, level)
+    with pytest.raises(ValueError, match="TokenLogits"):
+        diffusion.kernel(torch.zeros(4, LENGTH, 100, dtype=dtype) - 4.4, x, level)

@@ -42,7 +42,7 @@ def test_impossible_tokens_that_are_not_taken_leave_value_and_gradient_finite():
         diffusion.kernel(logits.masked_fill(never, -torch.inf).log_softmax(-1), x, level)
         for _ in range(2)
     )
-    other = diffusion.kernel(torch.full((1, LENGTH, 3), -1.0), x, level)
+    other = diffusion.kernel(torch.full((1, LENGTH, 3), 1 / 3).log(), x, level)
     assert kernel.log_ratio(same, x_before).item() == 0
     for value in (
         kernel.log_prob(x_before),

@@ -19,6 +19,7 @@ from rtb_rl.core import (
     TokenLogits,
     kernels,
     linear_masking,
+    log_probs,
     objective,
     rollout,
 )
@@ -151,7 +152,13 @@ def test_row_10_scored_as_sampled(catches):
         is_mask = torch.arange(log_probs.shape[-1]) == self.mask
         return log_probs.masked_fill(is_mask, -torch.inf)
 
-    catches(scores_are_the_law_of_the_samples, TokenLogits, "forward", with_the_mask)
+    with pytest.MonkeyPatch.context() as patch:  # else it is refused before it is scored
+        patch.setattr(log_probs, "check_normalised", lambda log_probs: None)
+        catches(scores_are_the_law_of_the_samples, TokenLogits, "forward", with_the_mask)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TokenLogits, "forward", with_the_mask)
+        with pytest.raises(ValueError, match="not to 1"):
+            scores_are_the_law_of_the_samples()
 
 
 def test_row_11_float32_log_probabilities(catches):
