@@ -15,6 +15,9 @@ from rtb_rl.core.gaussian import small_spread
 from rtb_rl.core.protocols import Condition
 from rtb_rl.errors import InputError
 
+ROUNDING = 1e-5
+"""By which halves of a covariance may differ, as a share of its largest entry."""
+
 
 class GaussianMixture:
     """sum_n weights[n] N(means[n], covariances[n]), in float64.
@@ -34,8 +37,19 @@ class GaussianMixture:
                 f" {(count, size, size)}, not {tuple(weights.shape)} and"
                 f" {tuple(covariances.shape)}"
             )
+        for name in ("weights", "means", "covariances"):
+            if not bool(getattr(self, name).isfinite().all()):
+                raise InputError(
+                    f"the {name} of a mixture must be finite; some are NaN or infinite"
+                )
         if bool((self.weights < 0).any()) or bool((self.weights.sum(-1) - 1).abs().max() > 1e-6):
             raise InputError("the weights of a mixture must be >= 0 and sum to 1; normalise them")
+        halves = float((self.covariances - self.covariances.mT).abs().max())
+        if halves > ROUNDING * float(self.covariances.abs().max()):
+            raise InputError(
+                f"covariances must be symmetric, and two of their halves differ by {halves:.3g};"
+                " give (covariance + covariance.mT) / 2"
+            )
         self.variances, self.vectors = torch.linalg.eigh(self.covariances)
         if not bool((self.variances > 0).all()):
             raise InputError(

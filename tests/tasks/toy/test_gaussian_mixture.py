@@ -145,6 +145,30 @@ def test_what_is_no_mixture_is_refused(weights: Tensor, covariance: Tensor, mess
         GaussianMixture(weights, torch.zeros(2, 2), covariance.expand(2, 2, 2))
 
 
+@pytest.mark.parametrize("name", ["weights", "means", "covariances"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_numbers_that_are_none_are_refused(name: str, bad: float):
+    given = {
+        "weights": torch.tensor([0.5, 0.5]),
+        "means": torch.zeros(2, 2),
+        "covariances": torch.eye(2).repeat(2, 1, 1),
+    }
+    given[name].view(-1)[0] = bad
+    with pytest.raises(InputError, match=rf"{name} .* finite"):
+        GaussianMixture(**given)
+
+
+def test_a_covariance_of_two_halves_is_refused():
+    """Densities and draws took one of them, tilts both."""
+    halves = torch.tensor([[1.0, 0.9], [0.0, 1.0]]).expand(2, 2, 2)
+    with pytest.raises(InputError, match="symmetric.* 0.9"):
+        GaussianMixture(torch.tensor([0.5, 0.5]), torch.zeros(2, 2), halves)
+    root = torch.randn((2, 5, 5), generator=Generator().manual_seed(0))
+    rounded = root @ root.mT + torch.eye(5)
+    rounded[:, 0, 1] *= 1 + 1e-6
+    GaussianMixture(torch.tensor([0.5, 0.5]), torch.zeros(2, 5), rounded)
+
+
 def test_soft_weights_are_unbiased_where_modes_overlap_and_hard_ones_are_not():
     overlapping = GaussianMixture(
         torch.tensor([0.8, 0.2]), torch.tensor([[0.0], [1.5]]), torch.ones(2, 1, 1)
