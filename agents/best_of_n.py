@@ -20,7 +20,13 @@ class Settings(JobSettings, OwnCritic, Candidates):
 def main(settings: Settings) -> None:
     """Fit prior and critic and evaluate the critic's choice among N draws."""
     tuning = Path(__file__).with_name("rtb_iql.toml")
-    job = open_job(settings, program="best_of_n", method="best_of_n", tuning_file=tuning)
+    job = open_job(
+        settings,
+        program="best_of_n",
+        method="best_of_n",
+        tuning_file=tuning,
+        uses=("prior", "critic"),
+    )
     job.prior()
     critic = job.critic()
     job.finish(["prior", "best_of_n"], critic=critic)

@@ -19,7 +19,9 @@ class Settings(JobSettings):
 def main(settings: Settings) -> None:
     """Fit the behaviour prior and evaluate it."""
     tuning = Path(__file__).with_name("rtb_iql.toml")
-    job = open_job(settings, program="diffusion_bc", method="prior", tuning_file=tuning)
+    job = open_job(
+        settings, program="diffusion_bc", method="prior", tuning_file=tuning, uses=("prior",)
+    )
     job.prior()
     job.finish(["prior"])
 

@@ -19,7 +19,7 @@ class Settings(JobSettings, OwnCritic):
 def main(settings: Settings) -> None:
     """Fit the critic, extract the policy and evaluate its mean action."""
     tuning = Path(__file__).with_name("rtb_iql.toml")
-    job = open_job(settings, program="iql", method="iql", tuning_file=tuning)
+    job = open_job(settings, program="iql", method="iql", tuning_file=tuning, uses=("critic",))
     critic = job.critic()
     job.gaussian_policy(critic)
     job.finish(["iql"], trained="iql", critic=critic)

@@ -70,6 +70,7 @@ def main(settings: Settings) -> None:
                 **{name: value for name, value in asdict(energy).items() if name != "beta"},
             }
         },
+        uses=("prior",) if own_critic else ("prior", "critic"),
     )
     prior, draws = job.prior(), job.out / "prior_actions"
     critic = softmax_critic(job, prior, energy, draws) if own_critic else job.critic()

@@ -50,15 +50,16 @@ def main(settings: Settings) -> None:
         method="rtb_amortised",
         tuning_file=Path(__file__).with_name("rtb_iql.toml"),
         own=lambda budget: {"amortised": asdict(strengths(settings, budget))},
+        uses=("prior", "critic"),
     )
     prior, critic = job.prior(), job.critic()
     if settings.kl is not None:
-        own = job.amortised_settings(low=settings.low, high=strongest(settings))
+        own = job.budget.amortised(low=settings.low, high=strongest(settings))
         model = job.amortised(prior, critic, own)
         job.acting_strength(prior, model, critic, own, settings.kl)
     else:
         beta = job.posterior_settings(prior, critic).finetune.beta
-        own = job.amortised_settings(low=settings.low, high=strongest(settings, beta))
+        own = job.budget.amortised(low=settings.low, high=strongest(settings, beta))
         job.amortised(prior, critic, own, beta)
     job.finish(["prior", "rtb_amortised"], trained="amortised", critic=critic)
 

@@ -22,7 +22,13 @@ class Settings(JobSettings, OwnCritic, StrengthByRule, Candidates):
 def main(settings: Settings) -> None:
     """Fit prior, critic and posterior and evaluate the critic's choice among N draws."""
     tuning = Path(__file__).with_name("rtb_iql.toml")
-    job = open_job(settings, program="rtb_best_of_n", method="rtb_best_of_n", tuning_file=tuning)
+    job = open_job(
+        settings,
+        program="rtb_best_of_n",
+        method="rtb_best_of_n",
+        tuning_file=tuning,
+        uses=("prior", "critic"),
+    )
     prior, critic = job.prior(), job.critic()
     job.posterior(prior, critic, replace(job.posterior_settings(prior, critic), grouped_log_z=True))
     job.finish(["rtb", "rtb_best_of_n"], critic=critic)

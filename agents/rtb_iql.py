@@ -35,6 +35,7 @@ def main(settings: Settings) -> None:
         program="rtb_iql",
         method="rtb",
         tuning_file=Path(__file__).with_suffix(".toml"),
+        uses=("prior", "critic"),
     )
     prior, critic = job.prior(), job.critic()
     methods = ["prior", "best_of_n", "rtb"]

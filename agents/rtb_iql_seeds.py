@@ -68,6 +68,7 @@ def main(settings: Settings) -> None:
 def _open(settings: Settings) -> list[Job]:
     """A job for every seed, with one data set for all."""
     settings.check()
+    stages = ("prior", "critic") if settings.critic is None else ("prior",)
     jobs: list[Job] = []
     for seed in settings.seeds:
         job = open_job(
@@ -75,10 +76,12 @@ def _open(settings: Settings) -> list[Job]:
             program="rtb_iql",
             method="rtb",
             tuning_file=Path(__file__).with_name("rtb_iql.toml"),
+            uses=stages,
         )
-        for stage in ("prior", "critic"):
-            job.take_over(stage)
         jobs.append(replace(job, dataset=jobs[0].dataset) if jobs else job)
+    for job in jobs:
+        for stage in stages:
+            job.take_over(stage)
     return jobs
 
 

@@ -72,6 +72,7 @@ def main(settings: Settings) -> None:
         method=settings.acting,
         tuning_file=tuning,
         own={"soft_critic": asdict(own)},
+        uses=("prior",),
     )
     budget, seed = job.budget, settings.seed
     own = replace(

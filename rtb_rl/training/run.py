@@ -222,6 +222,14 @@ def _pretty(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2, default=str) + "\n").encode()
 
 
+def changed_settings(directory: Path, config: Mapping[str, Any]) -> list[str]:
+    """In what the run of a directory differs from this configuration, in words: none where it would
+    go on.
+    """
+    old = json.loads((directory / "config.json").read_text())
+    return _changes(old, json.loads(json.dumps(config, default=str)))
+
+
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any], within: str = "") -> list[str]:
     """Every setting that differs, by its path through nested tables. One that is None is not given:
     an option that came later doesn't make a run another one where it is left out.

@@ -84,6 +84,31 @@ def test_only_stages_that_are_used_are_taken_over_and_counted(dataset, main_run,
     assert set(td3["timings"]) == {"td3_bc"}
 
 
+def test_a_policy_of_another_critic_is_not_taken_over(dataset, main_run, own_critics, tmp_path):
+    """It was, then refused as one of another critic, and taken over again when it was removed."""
+    given = {"share": main_run, "critic": "my_critics:up"}
+    results = run("rtb_iql", dataset, tmp_path / "run", **given)
+    assert list(results["methods"]) == ["prior", "iql", "best_of_n", "rtb"]
+    assert weights(tmp_path / "run", "prior") == weights(main_run, "prior")
+    assert weights(tmp_path / "run", "iql") != weights(main_run, "iql")
+    assert not (tmp_path / "run" / "critic").exists()
+
+
+def test_a_run_with_another_critic_or_prior_is_refused_first(dataset, main_run, tmp_path):
+    out, only_critic = tmp_path / "out", tmp_path / "only_critic"
+    shutil.copytree(main_run / "critic", only_critic / "critic")
+    for share in (main_run, only_critic):
+        words = "has another critic .critic.steps was 24 and is now 8.; .* leave --share out"
+        with pytest.raises(InputError, match=f"--share {share} {words}"):
+            run("rtb_iql", dataset, out, share=share, critic_steps=8)
+    seeds = importlib.import_module("rtb_rl.agents.rtb_iql_seeds")
+    with pytest.raises(InputError, match="has another prior .seed was 3 and is now 4."):
+        seeds.main(seeds.Settings(dataset=dataset, share=main_run, out=out, seeds=(4, 3)))
+    assert not out.exists()
+    run("qgpo", dataset, out, share=main_run, critic_steps=8, steps=8)  # with a critic of its own
+    assert weights(out, "prior") == weights(main_run, "prior")
+
+
 def test_several_seeds_take_over_too(dataset, main_run, tmp_path):
     run_seeds = importlib.import_module("rtb_rl.agents.rtb_iql_seeds")
     given = {"dataset": dataset, "share": main_run, "out": tmp_path / "all"}

@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 from rtb_rl.rl.critics.critic import Critic, IQLCritic, ValueCritic
 from rtb_rl.rl.critics.gaussian_policy import (
     AdvantageWeightedRegression,
@@ -109,9 +111,16 @@ def open_critic(
     directory: str | Path, dataset: TransitionDataset, settings: CriticSettings, *, seed: int
 ) -> tuple[Run, IQLCritic]:
     """The run of a critic's stage, and the critic as it starts."""
-    run = Run(directory, {**data_facts(dataset), "critic": asdict(settings), "seed": seed})
+    run = Run(directory, critic_config(dataset, settings, seed=seed))
     critic = new_critic(dataset.observation_size, dataset.action_size, settings, seed=seed)
     return run, critic.to(device_for_training())
+
+
+def critic_config(
+    dataset: TransitionDataset, settings: CriticSettings, *, seed: int
+) -> dict[str, Any]:
+    """The configuration of a critic's stage."""
+    return {**data_facts(dataset), "critic": asdict(settings), "seed": seed}
 
 
 def new_iql(critic: IQLCritic, settings: CriticSettings) -> IQL:
@@ -153,9 +162,7 @@ def fit_gaussian_policy(
     """
     settings = settings or GaussianSettings()
     device = device_for_training()
-    told = critic_fingerprint(critic, dataset, device=device)
-    config = {**data_facts(dataset), "gaussian": asdict(settings), "critic": told, "seed": seed}
-    run = Run(directory, config)
+    run = Run(directory, gaussian_config(dataset, critic, settings, seed=seed, device=device))
     policy = GaussianPolicy(
         dataset.observation_size,
         action_low=dataset.action_low,
@@ -186,3 +193,16 @@ def fit_gaussian_policy(
 
     complete(run, policy, fit)
     return policy
+
+
+def gaussian_config(
+    dataset: TransitionDataset,
+    critic: Critic,
+    settings: GaussianSettings,
+    *,
+    seed: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    """The configuration of the stage of the policy that IQL extracts from a critic there."""
+    told = critic_fingerprint(critic, dataset, device=device)
+    return {**data_facts(dataset), "gaussian": asdict(settings), "critic": told, "seed": seed}

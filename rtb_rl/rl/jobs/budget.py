@@ -3,11 +3,12 @@
 import tomllib
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rtb_rl.errors import InputError
 from rtb_rl.rl.catalogue import OGBENCH, longest_prefix
 from rtb_rl.rl.critics.training import CriticSettings, GaussianSettings
+from rtb_rl.rl.posteriors.amortised import AmortisedSettings
 from rtb_rl.rl.posteriors.posterior import PosteriorSettings
 from rtb_rl.training.pretrain import PretrainSettings
 from rtb_rl.training.settings import FinetuneSettings, check_beta
@@ -32,6 +33,11 @@ class Budget:
         """The same budget for another strength of the critic."""
         finetune = replace(self.posterior.finetune, beta=beta)
         return replace(self, posterior=replace(self.posterior, finetune=finetune))
+
+    def amortised(self, **changes: Any) -> AmortisedSettings:
+        """Settings of a posterior of all strengths, whose range is given."""
+        finetune, rows = replace(self.posterior.finetune, beta=1.0), self.posterior.diagnostic_rows
+        return AmortisedSettings(finetune, diagnostic_rows=rows, **changes)
 
 
 @dataclass(frozen=True)

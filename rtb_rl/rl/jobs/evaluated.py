@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import nn
 
 from rtb_rl.rl.critics.critic import Critic
 from rtb_rl.rl.critics.identity import critic_fingerprint
-from rtb_rl.rl.data.dataset import TransitionDataset
+from rtb_rl.rl.data.dataset import TransitionDataset, data_facts
+from rtb_rl.rl.data.summary import summarise
 from rtb_rl.rl.jobs.report import evaluate_methods
 from rtb_rl.rl.jobs.saved import METHODS, acting_beta, load_policy, posterior_settings
 from rtb_rl.training.run import Run
@@ -39,6 +41,16 @@ def evaluate_run(
     acting = {name: acting_digest(run.directory, name, told) for name in methods}
     given = stage, policies, acting, dataset.env_id, dataset.reference_returns
     return evaluate_methods(*given, episodes=episodes, seed=seed), told
+
+
+def facts_of(run: Run, dataset: TransitionDataset) -> dict[str, Any]:
+    """What results say of data and machine beside the episodes."""
+    manifest = json.loads((run.directory / "manifest.json").read_text())
+    return {
+        "dataset": {**data_facts(dataset), "summary": asdict(summarise(dataset))},
+        "versions": manifest["versions"],
+        "manifest": manifest,
+    }
 
 
 def acting_digest(root: Path, method: str, critic: str | None) -> str:

@@ -1,24 +1,28 @@
 """What every offline-RL program begins and ends with: data, run, stages; table, figure, results."""
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from rich.console import Console
 
 from rtb_rl.nn.correction import ScaledCorrection
 from rtb_rl.rl.critics.critic import Critic, load_critic
 from rtb_rl.rl.critics.gaussian_policy import GaussianPolicy
 from rtb_rl.rl.critics.identity import critic_fingerprint
-from rtb_rl.rl.critics.training import fit_critic, fit_gaussian_policy, scaled_for_critic
-from rtb_rl.rl.data.dataset import TransitionDataset, data_facts
-from rtb_rl.rl.data.summary import summarise
+from rtb_rl.rl.critics.training import (
+    fit_critic,
+    fit_gaussian_policy,
+    gaussian_config,
+    scaled_for_critic,
+)
+from rtb_rl.rl.data.dataset import TransitionDataset
 from rtb_rl.rl.episodes.curve import Curve
 from rtb_rl.rl.jobs.budget import Budget
-from rtb_rl.rl.jobs.evaluated import evaluate_run
+from rtb_rl.rl.jobs.evaluated import evaluate_run, facts_of
 from rtb_rl.rl.jobs.report import (
     StatePanel,
     draw_figure,
@@ -28,7 +32,12 @@ from rtb_rl.rl.jobs.report import (
     stage_results,
 )
 from rtb_rl.rl.jobs.settings import JobSettings, Tilt
-from rtb_rl.rl.jobs.shared_stages import SharedStages, complete_stages, copy_stage
+from rtb_rl.rl.jobs.shared_stages import (
+    SharedStages,
+    stage_configs,
+    take_over,
+    take_over_where_same,
+)
 from rtb_rl.rl.posteriors.acting_strength import fit_acting_strength
 from rtb_rl.rl.posteriors.amortised import AmortisedSettings, fit_amortised
 from rtb_rl.rl.posteriors.posterior import PosteriorSettings, fit_posterior
@@ -37,7 +46,7 @@ from rtb_rl.rl.posteriors.strength import beta_for_ess
 from rtb_rl.training.memory import peak_of_this_run
 from rtb_rl.training.run import Run
 from rtb_rl.training.seeding import generator_for
-from rtb_rl.training.stage import fingerprint
+from rtb_rl.training.stage import device_for_training, fingerprint
 
 T = TypeVar("T")
 
@@ -58,6 +67,11 @@ class Job:
         return self.run.directory
 
     @property
+    def device(self) -> torch.device:
+        """Where stages are trained."""
+        return device_for_training()
+
+    @property
     def env_id(self) -> str:
         assert self.dataset.env_id is not None
         return self.dataset.env_id
@@ -72,21 +86,20 @@ class Job:
 
         `facts`: all that makes it another stage, beside the data and the seed.
         """
-        self.take_over(name)
         shared = SharedStages(self.settings.stages, self.dataset)
         return shared.stage(self.out / name, {**facts, "seed": self.settings.seed}, fit)
 
     def take_over(self, name: str) -> None:
-        """Copy the complete stage of the run to share, where there is one and none is here yet; its
-        configuration is checked when it is used.
+        """Copy the complete prior or critic of the run to share, where there is one and none is
+        here yet; InputError for one of another configuration.
         """
-        share = self.settings.share
-        if share is not None and name in complete_stages(share) and not (self.out / name).exists():
-            copy_stage(share / name, self.out / name)
+        configs = stage_configs(self.dataset, self.budget, seed=self.settings.seed)
+        take_over(self.settings.share, self.out / name, configs[name])
 
     def prior(self) -> ActionDiffusion:
         """The behaviour prior, fitted."""
         budget, seed = self.budget.prior, self.settings.seed
+        self.take_over("prior")
         return self.stage(
             "prior",
             {"prior": asdict(budget)},
@@ -98,6 +111,7 @@ class Job:
         spec, budget, seed = self.tilt.critic, self.budget.critic, self.settings.seed
         if spec is not None:
             return load_critic(spec, self.dataset)
+        self.take_over("critic")
         Console().print(f"critic: {scaled_for_critic(self.dataset, budget)[1]}", highlight=False)
         return self.stage(
             "critic",
@@ -113,6 +127,8 @@ class Job:
     def gaussian_policy(self, critic: Critic) -> GaussianPolicy:
         """IQL's own policy from this critic, fitted."""
         budget, seed = self.budget.gaussian, self.settings.seed
+        config = gaussian_config(self.dataset, critic, budget, seed=seed, device=self.device)
+        take_over_where_same(self.settings.share, self.out / "iql", config)
         return self.stage(
             "iql",
             {
@@ -130,7 +146,7 @@ class Job:
         """Those of the budget, with the beta that `ess` or `kl` asks for."""
         share, seed = self.tilt.ess, self.settings.seed
         if self.tilt.kl is not None:
-            own = self.amortised_settings()
+            own = self.budget.amortised()
             model = self.amortised(prior, critic, own)
             beta = self.acting_strength(prior, model, critic, own, self.tilt.kl)
             return self.budget.with_beta(beta).posterior
@@ -140,12 +156,6 @@ class Job:
         beta = beta_for_ess(prior, critic, self.dataset, share, generator=generator)
         Console().print(f"beta {beta:.4g}: prior draws keep an ESS of {share}", highlight=False)
         return self.budget.with_beta(beta).posterior
-
-    def amortised_settings(self, **changes: Any) -> AmortisedSettings:
-        """Those of the budget for a posterior of all strengths."""
-        chosen = self.budget.posterior
-        finetune, rows = replace(chosen.finetune, beta=1.0), chosen.diagnostic_rows
-        return AmortisedSettings(finetune, diagnostic_rows=rows, **changes)
 
     def amortised(
         self,
@@ -230,7 +240,6 @@ class Job:
         timings, diagnostics = stage_results(self.out)
         print_table(dataset, rows)
         print_diagnostics(diagnostics)
-        manifest = json.loads((self.out / "manifest.json").read_text())
         figure = draw_figure(self.out / "figure.png", dataset, rows, panels)
         self.run.log_figure(0, "evaluation", figure)
         self.run.finish(
@@ -238,9 +247,7 @@ class Job:
                 "methods": rows,
                 "diagnostics": diagnostics,
                 "timings": timings,
-                "dataset": {**data_facts(dataset), "summary": asdict(summarise(dataset))},
-                "versions": manifest["versions"],
-                "manifest": manifest,
+                **facts_of(self.run, dataset),
                 "critic_sha256": told,
                 "curve": curve.points,
                 "best": curve.best,

@@ -1,7 +1,7 @@
 """Opening a job: all that a program will use is loaded and checked before anything is trained."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from rtb_rl.rl.fitted import fitted_config
 from rtb_rl.rl.jobs.budget import Budget, Tuning, budget_for, find_tuning
 from rtb_rl.rl.jobs.job import Job
 from rtb_rl.rl.jobs.settings import JobSettings, tilt_of
-from rtb_rl.rl.jobs.shared_stages import complete_stages
+from rtb_rl.rl.jobs.shared_stages import check_same, complete_stages, stage_configs
 from rtb_rl.training.run import Run
 
 EMBEDDED = "hopper-medium-replay"
@@ -37,11 +37,14 @@ def open_job(
     method: str,
     tuning_file: Path,
     own: Mapping[str, Any] | Callable[[Budget], Mapping[str, Any]] | None = None,
+    uses: Sequence[str] = (),
 ) -> Job:
     """Load and check all that the program will use, before anything is trained or written.
 
     `own`: settings of the program beside the budget's, or what makes them of it; its run is tied
-    to them as well. Raises InputError for data, environment, critic or directory that don't fit.
+    to them as well. `uses`: which of prior and critic it fits or takes over. Raises InputError for
+    data, environment, critic or directory that don't fit, and for a run to share of another prior
+    or critic.
     """
     settings.check()
     tilt = tilt_of(settings)
@@ -57,6 +60,8 @@ def open_job(
     source = _source(settings, budget)
     if settings.share is not None:
         check_shared(settings, dataset, source)
+        used = [name for name in uses if name != "critic" or tilt.critic is None]
+        _check_used(settings, dataset, budget, used)
     if tilt.critic is not None:
         critic = load_critic(tilt.critic, dataset)
         check_critic(critic, dataset.observation_size, dataset.action_size)
@@ -145,6 +150,15 @@ def check_shared(settings: JobSettings, dataset: TransitionDataset, source: str)
                 f"--share {share} was trained on other data of the name {dataset.name} than"
                 f" {here}; {_cure(settings, source)}share a run of the same data"
             )
+
+
+def _check_used(
+    settings: JobSettings, dataset: TransitionDataset, budget: Budget, used: Sequence[str]
+) -> None:
+    """InputError where the run to share has another prior or critic than would be fitted here."""
+    configs = stage_configs(dataset, budget, seed=settings.seed)
+    for name in used:
+        check_same(settings.share, settings.out / name, configs[name])
 
 
 def _cure(settings: JobSettings, source: str) -> str:

@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rtb_rl.errors import InputError
+from rtb_rl.rl.critics.training import critic_config
 from rtb_rl.rl.data.dataset import TransitionDataset
 from rtb_rl.rl.data.file_lock import held_lock
+from rtb_rl.rl.jobs.budget import Budget
+from rtb_rl.rl.posteriors.prior import prior_config
+from rtb_rl.training.run import changed_settings
 
 T = TypeVar("T")
 SHARED = ("prior", "critic", "iql")
@@ -62,6 +66,54 @@ class SharedStages:
 def complete_stages(run: Path) -> list[str]:
     """The stages of a run that another may take over."""
     return [name for name in SHARED if (run / name / "results.json").exists()]
+
+
+def stage_configs(
+    dataset: TransitionDataset, budget: Budget, *, seed: int
+) -> dict[str, dict[str, Any]]:
+    """The configurations of prior and critic that a run of this budget fits."""
+    return {
+        "prior": prior_config(dataset, budget.prior, seed=seed),
+        "critic": critic_config(dataset, budget.critic, seed=seed),
+    }
+
+
+def to_take_over(share: Path | None, own: Path) -> Path | None:
+    """The complete stage of the run to share that has the name of a stage not begun here."""
+    if share is None or own.exists() or own.name not in complete_stages(share):
+        return None
+    return share / own.name
+
+
+def take_over(share: Path | None, own: Path, config: Mapping[str, Any]) -> None:
+    """Copy a stage of the run to share, where it has one and there is none here.
+
+    InputError, before, for one of another configuration.
+    """
+    if (stage := to_take_over(share, own)) is not None:
+        check_same(share, own, config)
+        copy_stage(stage, own)
+
+
+def take_over_where_same(share: Path | None, own: Path, config: Mapping[str, Any]) -> None:
+    """As `take_over`; one of another configuration is named and left, to be fitted here."""
+    if (stage := to_take_over(share, own)) is None:
+        return
+    if changed := changed_settings(stage, config):
+        told = f"{own.name}: fitted here, for that of --share {share} is another ("
+        Console().print(f"{told}{'; '.join(changed)})", highlight=False, soft_wrap=True)
+    else:
+        copy_stage(stage, own)
+
+
+def check_same(share: Path | None, own: Path, config: Mapping[str, Any]) -> None:
+    """InputError where a stage would be taken over that has another configuration."""
+    stage = to_take_over(share, own)
+    if stage is not None and (changed := changed_settings(stage, config)):
+        raise InputError(
+            f"--share {share} has another {own.name} ({'; '.join(changed)}); ask for the same,"
+            " share a run that has it, or leave --share out"
+        )
 
 
 def copy_stage(stage: Path, own: Path) -> None:

@@ -112,13 +112,24 @@ def open_prior(
     seed: int,
 ) -> tuple[Run, ActionDiffusion]:
     """The run of a prior's stage, and the model as it starts."""
-    config = {**data_facts(dataset), "network": asdict(network), "pretrain": asdict(settings)}
-    run = Run(directory, {**config, "seed": seed})
+    run = Run(directory, prior_config(dataset, settings, network, seed=seed))
     initial = generator_for(seed, "prior", "initial")
     model = ActionDiffusion(
         dataset.observation_size, dataset.action_size, network, generator=initial
     )
     return run, model.to(device_for_training())
+
+
+def prior_config(
+    dataset: TransitionDataset,
+    settings: PretrainSettings,
+    network: ActionNetwork | None = None,
+    *,
+    seed: int,
+) -> dict[str, Any]:
+    """The configuration of a prior's stage."""
+    made_by = {"network": asdict(network or ActionNetwork()), "pretrain": asdict(settings)}
+    return {**data_facts(dataset), **made_by, "seed": seed}
 
 
 def draw_actions(data: TransitionDataset) -> DrawData:
