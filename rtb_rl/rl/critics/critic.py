@@ -152,9 +152,8 @@ def check_critic(
     *,
     device: torch.device | str = "cpu",
 ) -> None:
-    """Raise InputError unless `q`, and `v` if there is one, keep the contract of `Critic`.
-
-    They are tried without gradient on one and on three rows with entries in [-1, 1].
+    """Raise InputError unless `q`, and `v` if there is one, keep the contract of `Critic`: they are
+    tried without gradient on one and on three rows with entries in [-1, 1].
     """
     _require_q(critic, "the critic given is")
     for rows in (1, 3):
@@ -189,8 +188,9 @@ def _check_values(function: Callable[..., object], name: str, inputs: tuple[Tens
         values = function(*inputs)
     except Exception as error:
         raise InputError(
-            f"{call} (the data set's sizes) raised {type(error).__name__}: {error}; "
-            f"give a critic made for this data set, taking these shapes and returning [{rows}]"
+            f"{call} (the data set's sizes, on {inputs[0].device}) raised {type(error).__name__}: "
+            f"{error}; give a critic for this data set that takes these shapes where they are (a "
+            f"torch module is moved there) and returns [{rows}]"
         ) from error
     if not isinstance(values, Tensor):
         raise InputError(

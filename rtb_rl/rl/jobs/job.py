@@ -6,11 +6,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from rich.console import Console
 
 from rtb_rl.nn.correction import ScaledCorrection
-from rtb_rl.rl.critics.critic import Critic, load_critic
+from rtb_rl.rl.critics.critic import Critic
 from rtb_rl.rl.critics.gaussian_policy import GaussianPolicy
 from rtb_rl.rl.critics.identity import critic_fingerprint
 from rtb_rl.rl.critics.training import (
@@ -31,6 +30,7 @@ from rtb_rl.rl.jobs.report import (
     print_table,
     stage_results,
 )
+from rtb_rl.rl.jobs.run_critic import own_critic
 from rtb_rl.rl.jobs.settings import JobSettings, Tilt
 from rtb_rl.rl.jobs.shared_stages import (
     SharedStages,
@@ -65,11 +65,6 @@ class Job:
     @property
     def out(self) -> Path:
         return self.run.directory
-
-    @property
-    def device(self) -> torch.device:
-        """Where stages are trained."""
-        return device_for_training()
 
     @property
     def env_id(self) -> str:
@@ -107,10 +102,10 @@ class Job:
         )
 
     def critic(self) -> Critic:
-        """The user's critic, checked, or IQL's, fitted."""
+        """The user's critic, checked and where training is, or IQL's, fitted."""
         spec, budget, seed = self.tilt.critic, self.budget.critic, self.settings.seed
         if spec is not None:
-            return load_critic(spec, self.dataset)
+            return own_critic(spec, self.dataset, device=device_for_training())
         self.take_over("critic")
         Console().print(f"critic: {scaled_for_critic(self.dataset, budget)[1]}", highlight=False)
         return self.stage(
@@ -121,19 +116,22 @@ class Job:
 
     def made_of(self, prior: ActionDiffusion, critic: Critic) -> dict[str, Any]:
         """What makes a stage of this prior and critic another one than that of others."""
-        made_of = fingerprint(prior), critic_fingerprint(critic, self.dataset)
+        told = critic_fingerprint(critic, self.dataset, device=device_for_training())
+        made_of = fingerprint(prior), told
         return {"made_of": made_of, "critic_spec": self.tilt.critic}
 
     def gaussian_policy(self, critic: Critic) -> GaussianPolicy:
         """IQL's own policy from this critic, fitted."""
         budget, seed = self.budget.gaussian, self.settings.seed
-        config = gaussian_config(self.dataset, critic, budget, seed=seed, device=self.device)
+        config = gaussian_config(
+            self.dataset, critic, budget, seed=seed, device=device_for_training()
+        )
         take_over_where_same(self.settings.share, self.out / "iql", config)
         return self.stage(
             "iql",
             {
                 "gaussian": asdict(budget),
-                "critic": critic_fingerprint(critic, self.dataset),
+                "critic": config["critic"],
                 "critic_spec": self.tilt.critic,
                 "curve": self.settings.curve or None,
             },

@@ -6,11 +6,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
+from torch import nn
 
 from rtb_rl.errors import InputError
 from rtb_rl.rl.catalogue import D4RL_TASKS, OGBENCH, task_of_stem
-from rtb_rl.rl.critics.critic import check_critic, load_critic
+from rtb_rl.rl.critics.critic import check_critic
 from rtb_rl.rl.data.collect import collect
 from rtb_rl.rl.data.dataset import TransitionDataset, check_spaces, data_facts
 from rtb_rl.rl.data.ogbench_data import task_of_file
@@ -20,9 +22,11 @@ from rtb_rl.rl.episodes.environments import make_environment
 from rtb_rl.rl.fitted import fitted_config
 from rtb_rl.rl.jobs.budget import Budget, Tuning, budget_for, find_tuning
 from rtb_rl.rl.jobs.job import Job
+from rtb_rl.rl.jobs.run_critic import own_critic
 from rtb_rl.rl.jobs.settings import JobSettings, tilt_of
 from rtb_rl.rl.jobs.shared_stages import check_same, complete_stages, stage_configs
 from rtb_rl.training.run import Run
+from rtb_rl.training.stage import device_for_training
 
 EMBEDDED = "hopper-medium-replay"
 COLLECTED = "local/hopper/medium-replay-"
@@ -63,8 +67,7 @@ def open_job(
         used = [name for name in uses if name != "critic" or tilt.critic is None]
         _check_used(settings, dataset, budget, used)
     if tilt.critic is not None:
-        critic = load_critic(tilt.critic, dataset)
-        check_critic(critic, dataset.observation_size, dataset.action_size)
+        _check_own_critic(tilt.critic, dataset)
     config = {
         **data_facts(dataset),
         "source": source,
@@ -81,6 +84,17 @@ def open_job(
     run = Run(settings.out, config)
     Console().print(str(summarise(dataset)), highlight=False, soft_wrap=True)
     return Job(settings, tilt, dataset, budget, run)
+
+
+def _check_own_critic(spec: str, dataset: TransitionDataset) -> None:
+    """InputError for one that fails where training is or, unless it is moved, on the CPU, where
+    policies act.
+    """
+    device = device_for_training()
+    critic = own_critic(spec, dataset, device=device)
+    places = [device] if isinstance(critic, nn.Module) else [device, torch.device("cpu")]
+    for place in places:
+        check_critic(critic, dataset.observation_size, dataset.action_size, device=place)
 
 
 def _tuning(settings: JobSettings, path: Path) -> Tuning:

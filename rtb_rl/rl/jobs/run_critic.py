@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from rtb_rl.errors import InputError
 from rtb_rl.rl.critics.critic import Critic, IQLCritic, load_critic
 from rtb_rl.rl.critics.identity import critic_fingerprint
@@ -13,6 +16,12 @@ from rtb_rl.rl.data.readers import load_dataset
 from rtb_rl.rl.fitted import finished_config, fitted_config
 from rtb_rl.rl.posteriors.soft_critic import load_soft_critic
 from rtb_rl.training.stage import load_weights
+
+
+def own_critic(spec: str, dataset: TransitionDataset, *, device: torch.device) -> Critic:
+    """The user's critic, by its name; on this device where it is a module."""
+    critic = load_critic(spec, dataset)
+    return critic.to(device) if isinstance(critic, nn.Module) else critic
 
 
 def load_run_critic(root: Path) -> Critic:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rich.console import Console
+
 from rtb_rl.errors import InputError
 from rtb_rl.rl.critics.training import critic_config
 from rtb_rl.rl.data.dataset import TransitionDataset
