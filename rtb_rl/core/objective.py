@@ -69,7 +69,10 @@ def square(residual: Tensor) -> Tensor:
 
 
 def huber(threshold: float) -> Penalty:
-    """residual^2 up to the threshold, then linear with the same slope."""
+    """residual^2 up to the threshold, then linear with the same slope. ValueError for a threshold
+    that isn't positive.
+    """
+    _check_positive(threshold, "the Huber threshold")
 
     def penalty(residual: Tensor) -> Tensor:
         return 2 * torch.nn.functional.huber_loss(
@@ -85,8 +88,10 @@ def linex(limit: float) -> Penalty:
     On-policy its gradient is that of twice KL(target | posterior), while squares give twice
     KL(posterior | target): it covers every mode, is linear where a path has too much weight, and
     its best log Z is the importance-weighted one. With few levels, where no posterior is exact, its
-    optimum has the moments and mode weights of the target. arXiv 2410.02596.
+    optimum has the moments and mode weights of the target. arXiv 2410.02596. ValueError for a limit
+    that isn't positive, with which too much weight would be asked for more, or nothing.
     """
+    _check_positive(limit, "the linex limit")
 
     def penalty(residual: Tensor) -> Tensor:
         excess = -residual
@@ -94,6 +99,11 @@ def linex(limit: float) -> Penalty:
         return 2 * (bounded.exp() * (1 + excess - bounded) - excess - 1)
 
     return penalty
+
+
+def _check_positive(value: float, name: str) -> None:
+    if not value > 0:
+        raise ValueError(f"{name} is {value}; give a positive number of nats")
 
 
 def penalty_of(huber_threshold: float | None, linex_limit: float | None) -> Penalty:

@@ -27,7 +27,7 @@ from rtb_rl.training.mix import LearnedLogZ, check_mix
 from rtb_rl.training.optimisers import MakeOptimiser, adamw
 from rtb_rl.training.paths import Part, PathSource, merge
 from rtb_rl.training.seeding import GeneratorState
-from rtb_rl.training.settings import FinetuneSettings, check_beta
+from rtb_rl.training.settings import FinetuneSettings, check_beta, check_settings
 from rtb_rl.training.task import Task, trainable
 
 
@@ -41,7 +41,8 @@ class Finetuner:
     of an expectation over the posterior need a mix of on-policy paths alone. `look_ahead` takes
     noise from the gradient at the price of more rewards, see LookAhead. `optimiser` is made from
     groups of parameters. Raises InputError for a mix that can't be drawn or grouped, for a beta
-    that is no positive number, and for a posterior without a parameter to train.
+    that is no positive number and settings out of their range, and for a posterior without a
+    parameter to train.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Finetuner:
     ):
         check_mix(settings.mix, log_z)
         check_beta(settings.beta)
+        check_settings(settings)
         self.task, self.log_z, self.settings = task, log_z, settings
         self.generator, self.accelerator = generator, accelerator
         self.objective = objective or rtb()

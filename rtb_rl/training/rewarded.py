@@ -34,7 +34,7 @@ from rtb_rl.training.rates import cosine
 from rtb_rl.training.rewarded_draws import RewardedDraws, coupled_choice
 from rtb_rl.training.scoring import score
 from rtb_rl.training.seeding import GeneratorState
-from rtb_rl.training.settings import check_beta
+from rtb_rl.training.settings import check_beta, check_settings
 from rtb_rl.training.task import Task, trainable
 
 PROBES = 128
@@ -89,8 +89,8 @@ class RewardedTrainer:
     With u = posterior - D, v = x_0 - D, c chosen among the rows of a draw in proportion to w and c'
     in proportion to b, W and B their means over the rows, and a_k the weight of level k the loss is
     K a_k (W (|u_c|^2 / 2 - u_c . v) + B u_c' . v), K the number of levels learned. InputError for
-    another diffusion than GaussianDiffusion, a beta that is no positive number, and a posterior
-    without a parameter to train.
+    another diffusion than GaussianDiffusion, a beta that is no positive number, settings out of
+    their range, and a posterior without a parameter to train.
     """
 
     name = "start"
@@ -112,6 +112,7 @@ class RewardedTrainer:
                 " first noise"
             )
         check_beta(beta)
+        check_settings(settings)
         self.task, self.draws, self.beta, self.settings = task, draws, beta, settings
         self.generator, self.diffusion = generator, task.diffusion
         # One bound for all guesses: that of a batch would tell them of the batch's own x_0.

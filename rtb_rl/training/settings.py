@@ -1,6 +1,7 @@
 """How a posterior is trained."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from rtb_rl.errors import InputError
@@ -41,6 +42,48 @@ class FinetuneSettings:
     """Factor on the spread (temperature, for tokens) of the paths of `mix.widened`."""
     log_reward_floor: float = LOG_REWARD_FLOOR
     """Stands in for a log-reward of minus infinity."""
+
+
+_AT_LEAST_ONE = (
+    "updates",
+    "steps",
+    "draws",
+    "conditions",
+    "batch",
+    "paths",
+    "draw_batch",
+    "levels_per_path",
+    "chunk",
+    "replay_capacity",
+)
+_RATES = (
+    "learning_rate",
+    "last_learning_rate",
+    "log_z_learning_rate",
+    "input_rate",
+    "replay_tilt",
+)
+_RULES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+    (_AT_LEAST_ONE, lambda value: value >= 1, "1 or more"),
+    (("gradient_clip", "widening"), lambda value: value > 0, "a number above 0"),
+    (_RATES, lambda value: 0 <= value < math.inf, "a finite number, 0 or more"),
+    (("average_decay",), lambda value: 0 <= value < 1, "a number from 0 to below 1"),
+    (("log_reward_floor",), math.isfinite, "a finite number"),
+)
+"""Names of settings, what must hold of their values, and that in words."""
+
+
+def check_settings(settings: object) -> None:
+    """InputError for a number with which training would go the wrong way, or not at all.
+
+    `settings`: of fine-tuning, of a start or of a baseline; what one of them lacks, or has as None,
+    is not looked at. The strength of the reward is `check_beta`'s.
+    """
+    for names, holds, wanted in _RULES:
+        for name in names:
+            value = getattr(settings, name, None)
+            if value is not None and not holds(value):
+                raise InputError(f"{name} is {value}; give {wanted}")
 
 
 def check_beta(beta: object, name: str = "beta") -> None:

@@ -26,7 +26,7 @@ from rtb_rl.tasks.image.settings import Budget, ImageSettings, budget_for
 from rtb_rl.tasks.image.target import ImageTarget, class_target, every_class_target
 from rtb_rl.training.run import Run
 from rtb_rl.training.seeding import generator_for
-from rtb_rl.training.settings import check_beta
+from rtb_rl.training.settings import check_beta, check_settings
 from rtb_rl.training.stage import device_for_training
 
 
@@ -113,7 +113,10 @@ def _budget(settings: ImageSettings, data: ImageDataset, posterior: Mapping[str,
     if settings.draws is not None:
         budget = replace(budget, draws=settings.draws)
     finetune = replace(budget.posterior.finetune, beta=settings.beta)
-    return replace(budget, posterior=replace(budget.posterior, finetune=finetune, **posterior))
+    tuned = replace(budget.posterior, finetune=finetune, **posterior)
+    for part in (tuned.finetune, tuned.start):
+        check_settings(part)
+    return replace(budget, posterior=tuned)
 
 
 def _check_unet(

@@ -39,7 +39,7 @@ from rtb_rl.tasks.text_to_image.target import MakeLogZ, PromptTarget, learned_lo
 from rtb_rl.tasks.text_to_image.trainers import nominal_beta
 from rtb_rl.training.run import Run
 from rtb_rl.training.seeding import generator_for
-from rtb_rl.training.settings import check_beta
+from rtb_rl.training.settings import check_beta, check_settings
 from rtb_rl.training.stage import device_for_training
 
 
@@ -137,6 +137,8 @@ def _budget(settings: TextToImageSettings, posterior: dict[str, Any]) -> Budget:
     finetune = replace(budget.posterior.finetune, beta=settings.beta)
     finetune = replace(finetune, **posterior.pop("finetune", {}))
     tuned = replace(budget.posterior, finetune=finetune, **posterior)
+    for part in (tuned.finetune, tuned.start):
+        check_settings(part)
     check_start(tuned)
     return replace(budget, posterior=tuned, **changed)
 

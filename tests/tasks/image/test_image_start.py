@@ -10,6 +10,7 @@ from test_image_posterior import BRIGHT, SHAPE, TINY, new_prior, seeded, target
 
 from rtb_rl.core import rollout, steps_of_prior
 from rtb_rl.errors import InputError
+from rtb_rl.tasks.image import ImageSettings, open_image_job
 from rtb_rl.tasks.image.posterior import fit_posterior
 from rtb_rl.training import Mix
 from rtb_rl.training import posterior_stage as posteriors
@@ -125,3 +126,10 @@ def test_an_interrupted_start_ends_like_one_that_was_not(interrupted, tmp_path, 
         assert one.equal(other)
     assert again.results["network_calls"] == whole.results["network_calls"]
     assert again.results["diagnostics"] == whole.results["diagnostics"]
+
+
+def test_a_start_that_can_not_be_is_refused_before_the_prior_is_trained(tmp_path):
+    settings = ImageSettings(budget="smoke", out=tmp_path)
+    with pytest.raises(InputError, match="steps is 0; give 1 or more"):
+        open_image_job(settings, program="any", start=RewardedSettings(steps=0))
+    assert not list(tmp_path.iterdir())
