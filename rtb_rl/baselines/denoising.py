@@ -40,7 +40,7 @@ class DenoisingSettings:
     """Largest norm of the posterior's gradient."""
     average_decay: float = 0.995
     log_reward_floor: float = LOG_REWARD_FLOOR
-    """Stands in for a log-reward of minus infinity."""
+    """The least that a log-reward counts, minus infinity first of all."""
 
     @property
     def shared(self) -> BaselineSettings:

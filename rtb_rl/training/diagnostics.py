@@ -59,7 +59,7 @@ def diagnose(
     sample size over conditions, between 1 / samples and 1. `residual_std` is the spread of the
     log-weights about their condition's mean. `kl` is the path KL from the prior, the mean
     log-ratio. `signal_left` is that of the diffusion. `floored` is the share of rewards that were
-    minus infinity.
+    minus infinity, or below LOG_REWARD_FLOOR.
     """
     condition, _ = task.draw_conditions(rows, generator=generator)
     rows = conditions.count(condition) or 1

@@ -40,7 +40,8 @@ class Part:
 class PathSource:
     """Draws the paths of an update and scores them; remembers final points for the replay.
 
-    `floored` is the number of rewards in the last draw that were minus infinity.
+    `floored` is the number of rewards in the last draw that were below the floor, as minus infinity
+    is.
     """
 
     def __init__(self, task: Task, settings: FinetuneSettings, *, generator: Generator):

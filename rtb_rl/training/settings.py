@@ -41,7 +41,7 @@ class FinetuneSettings:
     widening: float = 1.5
     """Factor on the spread (temperature, for tokens) of the paths of `mix.widened`."""
     log_reward_floor: float = LOG_REWARD_FLOOR
-    """Stands in for a log-reward of minus infinity."""
+    """The least that a log-reward counts, minus infinity first of all."""
 
 
 _AT_LEAST_ONE = (

@@ -101,6 +101,36 @@ def test_half_precision_rewards_have_a_finite_floor():
     assert found.tolist() == [0.5, -1e6] and floored == 1
 
 
+FLOOR = -10.3  # no float32
+
+
+def stairs(x0, condition):
+    """-5 above zero, -50 just below it, impossible further down."""
+    below = torch.where(x0[:, 0] > -0.5, -50.0, -torch.inf)
+    return torch.where(x0[:, 0] > 0, -5.0, below)
+
+
+def test_no_impossible_point_is_worth_more_than_a_possible_one():
+    found, floored = score(
+        new_task(stairs), torch.tensor([[1.0], [-0.1], [-1.0]]), None, floor=FLOOR
+    )
+    assert torch.equal(found, torch.tensor([-5.0, FLOOR, FLOOR])) and floored == 2
+
+
+def test_points_at_the_floor_are_no_estimate_of_log_z_and_teach_no_look_ahead():
+    tuned = Finetuner(
+        new_task(stairs),
+        ScalarLogZ(),
+        FinetuneSettings(**SETTINGS, log_reward_floor=FLOOR),
+        generator=seeded(),
+        look_ahead=True,
+    )
+    metrics = tuned.update(0)
+    possible = 64 - metrics["rtb/floored"]
+    assert 10 < possible < 54 and float(metrics["rtb/log_z"]) == -5
+    assert tuned.control.sums[1:, 0, 0].tolist() == [possible] * 2
+
+
 def test_a_start_may_do_without_warming_up():
     task = new_task(lambda x0, c: x0[:, 0])
     draws = RewardedDraws.of_one_prior(task, torch.randn(50, 1, generator=seeded()), None, 1.0)
