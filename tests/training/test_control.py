@@ -90,20 +90,21 @@ def two_sided_task():
 ON_POLICY = Mix(on_policy=1, data=0)
 
 
-def finetuner(look_ahead, mix=ON_POLICY, **settings):
+def finetuner(look_ahead, mix=ON_POLICY, log_z=None, **settings):
     settings = {"conditions": 64, "beta_warmup": 1, "levels_per_path": None} | settings
     return Finetuner(
         two_sided_task(),
-        ScalarLogZ(),
+        log_z or ScalarLogZ(),
         FinetuneSettings(mix=mix, **settings),
         generator=torch.Generator().manual_seed(3),
         look_ahead=look_ahead,
     )
 
 
-def spread_of_gradients(look_ahead, updates):
+def spread_of_gradients(look_ahead, updates, **given):
     """Mean square distance of the gradient to its mean, over updates that change nothing."""
-    trainer = finetuner(look_ahead, learning_rate=0.0, gradient_clip=1e9, log_z_learning_rate=0.0)
+    still = {"learning_rate": 0.0, "gradient_clip": 1e9, "log_z_learning_rate": 0.0}
+    trainer = finetuner(look_ahead, **still, **given)
     gradients = []
     for step in range(updates):
         trainer.update(step)
@@ -116,6 +117,14 @@ def test_the_gradient_keeps_its_mean_and_loses_most_of_its_noise():
     plain, mean = spread_of_gradients(False, 65)
     quiet, same = spread_of_gradients(True, 65)
     assert quiet < 0.5 * plain
+    assert float((mean - same).square().sum()) < 2 * (plain + quiet) / 60
+
+
+def test_the_mean_of_pairs_biases_no_guess():
+    """A guess that is told the mean of the pair knows half of what the path itself is worth."""
+    pairs = {"mix": Mix(on_policy=2, data=0), "log_z": GroupMeanLogZ(2), "conditions": 32}
+    plain, mean = spread_of_gradients(False, 65, **pairs)
+    quiet, same = spread_of_gradients(True, 65, **pairs)
     assert float((mean - same).square().sum()) < 2 * (plain + quiet) / 60
 
 

@@ -320,6 +320,18 @@ def test_diagnostics_against_closed_forms(batch):
     assert "effective sample size 0.7" in words and "draws as they are can be biased" in words
 
 
+def test_the_standard_error_is_that_of_a_mean_over_conditions():
+    """Weights exp(0.6 x + 0.08) of x from N(0.4, 1): their relative variance is exp(0.36) - 1."""
+    rows, samples = 16, 2500
+    task = dataclasses.replace(
+        one_step_task(), draw_conditions=lambda n, *, generator: (torch.zeros(n, 1), None)
+    )
+    generator = torch.Generator().manual_seed(0)
+    found = diagnose(task, task.posterior, 1.0, rows=rows, samples=samples, generator=generator)
+    expected = math.sqrt((math.exp(0.36) - 1) / (samples * rows))
+    assert found["log_z_standard_error"] == pytest.approx(expected, rel=0.05)
+
+
 @pytest.mark.parametrize("shift", [0.1, 0.3, 0.8, 1.7])
 def test_draws_are_said_to_do_where_no_mean_can_be_far_off(shift):
     """N(shift, 1) for N(0, 1): effective sample size exp(-shift^2), the mean off by shift."""
