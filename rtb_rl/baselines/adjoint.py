@@ -121,7 +121,7 @@ class AdjointMatching:
             self._check_spread(kernel.std, std)
             error = ((kernel.mean - mean) / std).square().flatten(1).sum(1) / 2
             loss = error.sum() * learner.share(levels)
-            loss.backward()
+            learner.add_gradient(loss)
             total = total + loss.detach()
         return total
 

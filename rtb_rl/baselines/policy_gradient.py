@@ -105,7 +105,7 @@ class PolicyGradient:
                 lambda x=x, level=level, condition=condition: self._prior(x, level, condition),
             )
             loss = self.surrogate.loss(steps).sum() * learner.share(levels)
-            loss.backward()
+            learner.add_gradient(loss)
             total = total + loss.detach()
         return total, log_probs
 

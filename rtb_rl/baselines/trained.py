@@ -43,7 +43,9 @@ def baseline_settings(
         chunk=finetune.chunk,
         learning_rate=finetune.learning_rate,
         last_learning_rate=finetune.last_learning_rate,
+        gradient_clip=finetune.gradient_clip,
         average_decay=finetune.average_decay,
+        log_reward_floor=finetune.log_reward_floor,
     )
 
 

@@ -13,6 +13,7 @@ from rtb_rl.training.checkpoint import Stateful
 from rtb_rl.training.ema import Average, TrainedState
 from rtb_rl.training.scoring import LOG_REWARD_FLOOR
 from rtb_rl.training.seeding import GeneratorState
+from rtb_rl.training.settings import check_beta
 from rtb_rl.training.task import Task
 
 
@@ -23,7 +24,7 @@ class BaselineSettings:
     updates: int = 2500
     """Times that fresh paths are drawn."""
     beta: float = 1.0
-    """Factor on log r."""
+    """Strength of the reward: the target is prior * r^beta."""
     conditions: int = 32
     """Conditions an update."""
     paths: int = 8
@@ -65,8 +66,8 @@ class Calls:
 class Learner:
     """`task.posterior` while it learns: draws its paths, descends, averages, counts.
 
-    Only parameters that require a gradient are trained. InputError where there are none, or for
-    settings without paths or levels.
+    Only parameters that require a gradient are trained. InputError where there are none, and for
+    settings without paths or levels, or with a beta of zero or less.
     """
 
     def __init__(self, task: Task, settings: BaselineSettings, *, generator: Generator):
@@ -123,6 +124,12 @@ class Learner:
         self.optimiser.param_groups[0]["lr"] = settings.learning_rate * decay
         self.optimiser.zero_grad(set_to_none=True)
 
+    @staticmethod
+    def add_gradient(loss: Tensor) -> None:
+        """Of a part of the loss, which has no graph where all its steps are the prior's own."""
+        if loss.requires_grad:
+            loss.backward()
+
     def descend(self, step: int, loss: Tensor) -> Tensor:
         """A step along the gradients that were added; their norm. NonFiniteError for bad ones."""
         norm = nn.utils.clip_grad_norm_(self.trained, self.settings.gradient_clip)
@@ -146,6 +153,7 @@ class Learner:
 
 
 def _check_settings(task: Task, settings: BaselineSettings) -> None:
+    check_beta(settings.beta)
     for name in ("updates", "conditions", "paths", "chunk"):
         if getattr(settings, name) < 1:
             raise InputError(f"{name} is {getattr(settings, name)}; give 1 or more")

@@ -139,7 +139,7 @@ class Baseline:
     ) -> Trainer:
         tuned = settings.finetune
         paths = tuned.conditions * tuned.mix.total
-        rows = min(tuned.conditions, len(target.prompts), paths // 2)
+        rows = max(1, min(tuned.conditions, len(target.prompts), paths // 2))
         chosen = baseline_settings(
             tuned,
             task.diffusion.levels,

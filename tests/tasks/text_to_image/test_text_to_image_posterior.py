@@ -104,6 +104,18 @@ def test_every_log_ratio_is_zero_at_first_and_the_loss_is_the_variance_of_beta_l
     assert float(again.update(0)["rtb/loss"]) == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_a_baseline_of_one_path_is_refused_by_its_sentence():
+    """A group of one, with nothing to compare it with."""
+    prior, target = new_prior(prompts=PROMPTS[:1]), new_target(prompts=PROMPTS[:1])
+    finetune = replace(TINY.finetune, conditions=1, mix=Mix(on_policy=1, data=0))
+    settings = replace(TINY, finetune=finetune)
+    task, _ = text_to_image_task(prior, target, settings, seed=0)
+    baseline = Baseline("DDPO", trained_methods()["DDPO"])
+    given = (task, target, prior.prompts, settings, seeded(), posterior_stage.Accelerator())
+    with pytest.raises(InputError, match="groups of one path"):
+        baseline(*given).update(0)
+
+
 def test_one_unet_in_memory():
     prior = new_prior()
     task, unet = text_to_image_task(prior, new_target(), TINY, seed=0)
