@@ -66,7 +66,8 @@ def open_text_to_image_job(
     _say_what_is_left(prior, budget)
     target = PromptTarget(name, reward, prompts, make_log_z)
     log_probs = cell_log_probs if settings.prior == SHAPES else None
-    _check_measures(target, prior, [embed] if log_probs is None else [embed, log_probs])
+    measures = [embed] if log_probs is None else [embed, log_probs]
+    _check_measures(target, prior, measures, max(2, budget.draw_batch))
     make_log_z(prior.prompts, budget.posterior.finetune.mix.total, generator_for(0, "check"))
     given = {key: value for key, value in asdict(settings).items() if key not in ("out", "share")}
     facts = {**prompts.facts, "reward": name, "settings": asdict(budget), "program": program}
@@ -167,27 +168,38 @@ def _pipeline(settings: TextToImageSettings, budget: Budget) -> TextToImagePipel
 
 @torch.no_grad()
 def _check_measures(
-    target: PromptTarget, prior: TextToImagePrior, measures: list[Callable[[Tensor], Tensor]]
+    target: PromptTarget,
+    prior: TextToImagePrior,
+    measures: list[Callable[[Tensor], Tensor]],
+    batch: int,
 ) -> None:
     """InputError or NonFiniteError for a reward, or another measure, that doesn't suit images of
-    this pipeline; tried on noise for the first and the last prompt.
+    this pipeline or any of the prompts; tried on noise, `batch` prompts at once.
     """
     device, factor = prior.diffusion.signal.device, prior.pipeline.vae_scale_factor
-    shape = (2, 3, *(factor * side for side in prior.diffusion.event_shape[1:]))
-    images = torch.rand(shape, generator=generator_for(0, "check", device=device), device=device)
-    condition = torch.tensor([0, len(target.prompts) - 1], device=device)
+    count, generator = len(target.prompts), generator_for(0, "check", device=device)
+    shape = (max(2, min(count, batch)), 3, *(factor * n for n in prior.diffusion.event_shape[1:]))
+    images = torch.rand(shape, generator=generator, device=device)
+    for condition in torch.arange(max(2, count), device=device).clamp(max=count - 1).split(batch):
+        _check_reward(target, prior, images[: len(condition)], condition)
+    for measure in measures:
+        measure(images)
+
+
+def _check_reward(
+    target: PromptTarget, prior: TextToImagePrior, images: Tensor, condition: Tensor
+) -> None:
     try:
         target.log_reward(prior).of_images(images, condition)
     except InputError:
         raise
     except (LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
+        first, last = (target.prompts.texts[int(condition[i])] for i in (0, -1))
         raise InputError(
             f"the reward {target.name!r} fails on images {tuple(images.shape)} of this pipeline"
-            f" ({reason}); give one made for such images"
+            f" ({reason}) for the prompts {first!r} to {last!r}; give one made for such images"
         ) from error
-    for measure in measures:
-        measure(images)
 
 
 def _open(

@@ -9,7 +9,11 @@ from typing import Any, cast
 from rtb_rl.adapters.image_reward import image_reward
 from rtb_rl.adapters.preference import clip_score, hps, laion_aesthetic, pick_score
 from rtb_rl.errors import InputError
-from rtb_rl.tasks.image.rewards import jpeg_compressibility, jpeg_incompressibility
+from rtb_rl.tasks.image.rewards import (
+    ImageReward,
+    jpeg_compressibility,
+    jpeg_incompressibility,
+)
 from rtb_rl.tasks.text_to_image.colours import ColourScore
 from rtb_rl.tasks.text_to_image.outlines import ShapeScore
 from rtb_rl.tasks.text_to_image.rewards import PromptReward, without_prompt
@@ -30,8 +34,8 @@ def named_reward(name: str) -> PromptReward:
         "cell": _cell,
         "colour": lambda word: ColourScore(word or None),
         "shape": lambda word: ShapeScore(word or None),
-        "compressible": lambda _: without_prompt(jpeg_compressibility()),
-        "incompressible": lambda _: without_prompt(jpeg_incompressibility()),
+        "compressible": lambda given: _alone(kind, jpeg_compressibility, given),
+        "incompressible": lambda given: _alone(kind, jpeg_incompressibility, given),
         "clip": lambda source: _given(clip_score, source),
         "pick-score": lambda source: _given(pick_score, source),
         "hps": lambda source: _given(hps, source),
@@ -50,6 +54,14 @@ def named_reward(name: str) -> PromptReward:
 
 def _given(make: Callable[..., Any], argument: str) -> Any:
     return make(argument) if argument else make()
+
+
+def _alone(kind: str, make: Callable[[], ImageReward], argument: str) -> PromptReward:
+    if argument:
+        raise InputError(
+            f"the reward {kind} takes nothing behind a colon, not {argument!r}; leave it out"
+        )
+    return without_prompt(make())
 
 
 def _cell(argument: str) -> ShapesReward:

@@ -52,6 +52,12 @@ def test_colours_and_shapes_of_prompts_or_by_name():
         assert torch.equal(values(name, images, prompts), values(given, images))
 
 
+@pytest.mark.parametrize("name", ["compressible", "incompressible"])
+def test_a_size_of_a_file_has_no_argument_to_ignore(name):
+    with pytest.raises(InputError, match=f"reward {name} takes nothing behind a colon, not '50'"):
+        named_reward(f"{name}:50")
+
+
 def test_sizes_of_files_have_opposite_signs_and_no_gradient():
     images = torch.rand((2, 3, 8, 8), generator=torch.Generator().manual_seed(0))
     small, large = (values(name, images) for name in ("compressible", "incompressible"))

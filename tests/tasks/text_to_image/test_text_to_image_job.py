@@ -1,11 +1,12 @@
 """What an open job says of the pipeline that it was given."""
 
+import sys
 import warnings
 
 import pytest
 from tiny_stable_diffusion import tiny_sd
 
-from rtb_rl.errors import InputError
+from rtb_rl.errors import InputError, NonFiniteError
 from rtb_rl.tasks.text_to_image import TextToImageSettings, open_text_to_image_job
 from rtb_rl.training.rewarded import RewardedSettings
 
@@ -43,3 +44,47 @@ def test_numbers_that_train_away_from_the_target_are_refused_first(pipeline, tmp
         with pytest.raises(InputError, match=words):
             open_text_to_image_job(settings, program="any", **changed)
     assert not list(tmp_path.iterdir())
+
+
+REWARDS = """
+import math, torch
+
+def undefined():
+    return lambda images, prompts, metadata: [
+        math.nan if prompt == "nothing" else 0.0 for prompt in prompts
+    ]
+
+def unknown():
+    known = {"cat": 1.0, "dog": 2.0}
+    return lambda images, prompts, metadata: [
+        known[prompt.split()[-1]] for prompt in prompts
+    ]
+"""
+
+
+@pytest.mark.parametrize(
+    ("make", "other", "error", "words"),
+    [
+        ("undefined", "nothing", NonFiniteError, "for the prompt 'nothing'"),
+        ("unknown", "a bird", InputError, r"KeyError: 'bird'\) for the prompts '8 cat' to 'a dog'"),
+    ],
+)
+def test_a_reward_is_tried_on_every_prompt_before_anything_is_made(
+    pipeline, tmp_path, monkeypatch, make, other, error, words
+):
+    """Also on one between the first and the last of more prompts than are drawn at once."""
+    (tmp_path / "rewards_by_prompt.py").write_text(REWARDS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop("rewards_by_prompt", None)
+    prompts = (*(f"{number} cat" for number in range(9)), other, "a dog")
+    settings = TextToImageSettings(
+        prior=pipeline,
+        prompts=prompts,
+        reward=f"rewards_by_prompt:{make}",
+        budget="smoke",
+        out=tmp_path / "run",
+    )
+    with pytest.raises(error, match=words):
+        open_text_to_image_job(settings, program="any")
+    assert not (tmp_path / "run").exists()
