@@ -7,6 +7,7 @@ that a noisy one may have come from. The critic is QGPO's own, backed up by the 
 of the prior's actions, or IQL's, for a comparison of what methods extract from the same critic.
 """
 
+import math
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -56,6 +57,7 @@ class Settings(JobSettings, OwnCritic, StrengthByRule):
 
 def main(settings: Settings) -> None:
     """Fit prior, critic and energy, skipping what is complete, and evaluate."""
+    check(settings)
     own_critic = settings.critic_kind == "softmax" and settings.critic is None
     energy = energy_settings(settings, own_critic)
     job = open_job(
@@ -98,6 +100,14 @@ def main(settings: Settings) -> None:
     )
     shutil.rmtree(draws, ignore_errors=True)  # both stages have what they needed of them
     job.finish(["qgpo"], trained="qgpo", critic=critic)
+
+
+def check(settings: Settings) -> None:
+    """InputError for a scale that no guidance can have."""
+    if not math.isfinite(settings.scale):
+        raise InputError(
+            f"--scale is {settings.scale}; give a finite number, 1 for the guidance that is learnt"
+        )
 
 
 def energy_settings(settings: Settings, own_critic: bool) -> EnergyGuidanceSettings:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -175,6 +176,12 @@ def test_numbers_that_no_run_can_have_are_refused_first(dataset, tmp_path):
         ("rtb_amortised", {"beta": 0.1}, "beta 0.1 is outside the strengths 0.3 to 10"),
         ("td3_bc", {"steps": -5}, "steps=-5"),
         ("dql", {"steps": 0}, "steps=0"),
+        ("dql", {"eta": math.nan}, "eta=nan"),
+        ("dql", {"eta": math.inf}, "eta=inf"),
+        ("td3_bc", {"alpha": math.nan}, "alpha=nan"),
+        ("td3_bc", {"alpha": math.inf}, "alpha=inf"),
+        ("qgpo", {"scale": math.nan}, "--scale is nan; give a finite number"),
+        ("qgpo", {"scale": -math.inf}, "--scale is -inf; give a finite number"),
     ]
     for program, given, words in cases:
         with pytest.raises(InputError, match=words):

@@ -1,5 +1,6 @@
 """Diffusion-QL: a diffusion policy that imitates and climbs Q through its chain (2208.06193)."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,10 @@ class DiffusionQSettings:
     def __post_init__(self):
         counts = "steps", "batch", "backup_actions", "average_every", "candidates"
         for name, bound in (dict.fromkeys(counts, 1) | {"eta": 0}).items():
-            if (value := getattr(self, name)) < bound:
-                raise InputError(f"Diffusion-QL got {name}={value}, needed at least {bound}")
+            if not bound <= (value := getattr(self, name)) < math.inf:
+                raise InputError(
+                    f"Diffusion-QL got {name}={value}, needed a finite number, at least {bound}"
+                )
 
 
 def denoising_loss(

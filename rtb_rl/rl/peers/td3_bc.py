@@ -1,6 +1,7 @@
 """TD3+BC: the deterministic policy of TD3, kept near the data by a squared error (2106.06860)."""
 
 import copy
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,11 @@ class TD3BCSettings:
             raise InputError(
                 f"TD3+BC got steps={self.steps} and batch={self.batch}; give at least 1 of each"
             )
-        if self.alpha < 0 or self.policy_delay < 1 or not 0 <= self.discount <= 1:
+        weighs = 0 <= self.alpha < math.inf
+        if not weighs or self.policy_delay < 1 or not 0 <= self.discount <= 1:
             raise InputError(
                 f"TD3+BC got alpha={self.alpha}, policy_delay={self.policy_delay}, discount="
-                f"{self.discount}; needed alpha >= 0, policy_delay >= 1, 0 <= discount <= 1"
+                f"{self.discount}; needed finite alpha >= 0, policy_delay >= 1, 0 <= discount <= 1"
             )
 
 
