@@ -158,4 +158,8 @@ def test_a_run_that_was_interrupted_says_so_and_goes_on(folder, tmp_path, monkey
     with pytest.raises(InputError, match="posterior is not finished .*run the same command again"):
         load_policy(out)
     assert load_policy(out, "prior") and load_policy(out, "iql")
+    (out / "posterior").rename(tmp_path / "aside")
+    with pytest.raises(InputError, match="cut is not finished"):
+        load_policy(out)
+    (tmp_path / "aside").rename(out / "posterior")
     assert run("rtb_iql", out) == run("rtb_iql", folder / "main")

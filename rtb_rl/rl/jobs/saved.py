@@ -57,7 +57,10 @@ def load_policy(
     method = method or config.get("method")
     if method not in METHODS:
         raise InputError(f"method {method!r} is none of {', '.join(METHODS)}; name one of these")
-    policy = METHODS[method].load(root, config, critic)
+    of = METHODS[method]
+    if method == config.get("method") and not all((root / name).exists() for name in of.stages):
+        check_finished(root)
+    policy = of.load(root, config, critic)
     reference = config["reference_returns"]
     return SavedPolicy(policy, config["env_id"], tuple(reference) if reference else None)
 
