@@ -26,15 +26,24 @@ class Settings(JobSettings):
     steps: int | None = None
     """Updates; not given: as the budget says, 40,000 in full. The authors took 2,000,000."""
 
+    def check(self) -> None:
+        super().check()
+        own_settings(self)
 
-def main(settings: Settings) -> None:
-    """Train policy and critic together and evaluate the policy."""
-    chosen = DiffusionQSettings(
+
+def own_settings(settings: Settings) -> DiffusionQSettings:
+    """Those of Diffusion-QL, but for the discount, which the data set says."""
+    return DiffusionQSettings(
         steps=STEPS[settings.budget] if settings.steps is None else settings.steps,
         eta=settings.eta,
         backup_actions=settings.backup_actions,
         candidates=settings.candidates,
     )
+
+
+def main(settings: Settings) -> None:
+    """Train policy and critic together and evaluate the policy."""
+    chosen = own_settings(settings)
     job = open_job(
         settings,
         program="dql",

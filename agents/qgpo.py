@@ -54,12 +54,18 @@ class Settings(JobSettings, OwnCritic, StrengthByRule):
     """Updates of the energy; not given: as the budget says, 20,000 in full. The authors took
     1,000,000."""
 
+    def check(self) -> None:
+        super().check()
+        if not math.isfinite(self.scale):
+            raise InputError(
+                f"--scale is {self.scale}; give a finite number, 1 for the guidance that is learnt"
+            )
+        energy_settings(self)
+
 
 def main(settings: Settings) -> None:
     """Fit prior, critic and energy, skipping what is complete, and evaluate."""
-    check(settings)
-    own_critic = settings.critic_kind == "softmax" and settings.critic is None
-    energy = energy_settings(settings, own_critic)
+    own_critic, energy = has_own_critic(settings), energy_settings(settings)
     job = open_job(
         settings,
         program="qgpo",
@@ -102,17 +108,14 @@ def main(settings: Settings) -> None:
     job.finish(["qgpo"], trained="qgpo", critic=critic)
 
 
-def check(settings: Settings) -> None:
-    """InputError for a scale that no guidance can have."""
-    if not math.isfinite(settings.scale):
-        raise InputError(
-            f"--scale is {settings.scale}; give a finite number, 1 for the guidance that is learnt"
-        )
+def has_own_critic(settings: Settings) -> bool:
+    """Whether the critic is QGPO's."""
+    return settings.critic_kind == "softmax" and settings.critic is None
 
 
-def energy_settings(settings: Settings, own_critic: bool) -> EnergyGuidanceSettings:
+def energy_settings(settings: Settings) -> EnergyGuidanceSettings:
     """Those of the energy; InputError for a beta that can't be chosen before it is used."""
-    if own_critic and (settings.ess is not None or settings.kl is not None):
+    if has_own_critic(settings) and (settings.ess is not None or settings.kl is not None):
         raise InputError(
             "--ess and --kl choose beta for a critic that is there, and qgpo's own is backed up by"
             " beta; give --beta, or --critic-kind iql"

@@ -22,11 +22,20 @@ class Settings(JobSettings):
     steps: int | None = None
     """Updates; not given: as the budget says, 200,000 in full. The authors took 1,000,000."""
 
+    def check(self) -> None:
+        super().check()
+        own_settings(self)
+
+
+def own_settings(settings: Settings) -> TD3BCSettings:
+    """Those of TD3+BC, but for the discount, which the data set says."""
+    steps = STEPS[settings.budget] if settings.steps is None else settings.steps
+    return TD3BCSettings(steps=steps, alpha=settings.alpha)
+
 
 def main(settings: Settings) -> None:
     """Train policy and critic together and evaluate the policy."""
-    steps = STEPS[settings.budget] if settings.steps is None else settings.steps
-    chosen = TD3BCSettings(steps=steps, alpha=settings.alpha)
+    chosen = own_settings(settings)
     job = open_job(
         settings,
         program="td3_bc",

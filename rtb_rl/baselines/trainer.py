@@ -13,8 +13,8 @@ from rtb_rl.training.checkpoint import Stateful
 from rtb_rl.training.ema import Average, TrainedState
 from rtb_rl.training.scoring import LOG_REWARD_FLOOR
 from rtb_rl.training.seeding import GeneratorState
-from rtb_rl.training.settings import check_beta
-from rtb_rl.training.task import Task
+from rtb_rl.training.settings import check_beta, check_settings
+from rtb_rl.training.task import Task, trainable
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,7 @@ class Learner:
     def __init__(self, task: Task, settings: BaselineSettings, *, generator: Generator):
         _check_settings(task, settings)
         self.task, self.settings, self.generator = task, settings, generator
-        self.trained = [p for p in task.posterior.parameters() if p.requires_grad]
-        if not self.trained:
-            raise InputError(
-                f"the posterior of task {task.name!r} has no parameter that requires a gradient;"
-                " add adapters to it or call requires_grad_()"
-            )
+        self.trained = trainable(task)
         self.prior = CountedDenoiser(task.prior)
         self.posterior = CountedDenoiser(task.posterior)
         self.calls = Calls(self.prior, self.posterior)
@@ -154,11 +149,9 @@ class Learner:
 
 def _check_settings(task: Task, settings: BaselineSettings) -> None:
     check_beta(settings.beta)
-    for name in ("updates", "conditions", "paths", "chunk"):
-        if getattr(settings, name) < 1:
-            raise InputError(f"{name} is {getattr(settings, name)}; give 1 or more")
+    check_settings(settings)
     count = settings.levels_per_path
-    if count is not None and not 1 <= count <= task.diffusion.levels:
+    if count is not None and count > task.diffusion.levels:
         raise InputError(
             f"levels_per_path is {count} for a diffusion of {task.diffusion.levels} levels; give 1"
             f" to {task.diffusion.levels}, or None for all"

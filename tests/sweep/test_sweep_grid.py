@@ -71,6 +71,26 @@ BAD = {
     "two rules for one strength": (f"{GOOD}kl = 0.5\n", "task one, agent rtb_iql: .*beta 3.0"),
     "no candidates": (f"{GOOD}candidates = 0\n", "agent rtb_iql: --candidates is 0; give at lea"),
     "no step of a critic": (f"{GOOD}critic_steps = 0\n", "rtb_iql: --critic-steps is 0; give at"),
+    "a step that TD3+BC has no use for": (
+        PLAIN.replace("rtb_iql", "td3_bc").replace("\nbeta = 2.0", "\nsteps = -5"),
+        "task one, agent td3_bc: TD3\\+BC got steps=-5",
+    ),
+    "a peer without its interpreter": (
+        PLAIN.replace("rtb_iql", "d3rlpy_peer").replace("\nbeta = 2.0", ""),
+        "task one, agent d3rlpy_peer: no interpreter with d3rlpy was given",
+    ),
+    "seeds at once in a grid of seeds": (
+        PLAIN.replace("rtb_iql", "rtb_iql_seeds"),
+        "agent rtb_iql_seeds: .* can't take --stages",
+    ),
+    "a range that ends below the strength": (
+        PLAIN.replace("rtb_iql", "rtb_amortised").replace("2.0", "20.0\nhigh = 5.0"),
+        "agent rtb_amortised: beta 20 is outside the strengths 0.3 to 5",
+    ),
+    "no guidance": (
+        PLAIN.replace("rtb_iql", "qgpo").replace("2.0", "2.0\nscale = inf"),
+        "agent qgpo: --scale is inf; give a finite number",
+    ),
     "no tasks": (GOOD[: GOOD.index("[tasks.one]")], "tasks is empty"),
     "no dataset": (GOOD.replace('dataset = "one.hdf5"', ""), "task one has dataset None"),
     "empty mixture": (GOOD.replace('"one.hdf5"', "[]"), "task one has dataset \\[\\]"),
