@@ -8,6 +8,7 @@ that it shares, training included; a backward pass counts as two calls. Guidance
 and spends less: the table has what was counted.
 """
 
+import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from rtb_rl.tasks.image import (
     training_free,
 )
 from rtb_rl.training import generator_for
-from rtb_rl.training.equal_calls import Spent, spent_by, updates_within
+from rtb_rl.training.equal_calls import Spent, check_same, spent_by, updates_within
 from rtb_rl.training.settings import check_beta
 from rtb_rl.training.table import slug
 
@@ -82,7 +83,15 @@ def calls_of_rtb(settings: Settings) -> Spent:
     if run is None or settings.share is None:
         raise InputError("baselines stand on a run of rtb_image; name its directory with --share")
     asked = {"target": settings.target, "beta": settings.beta}
-    return spent_by(run, "rtb", "rtb_image", asked)
+    spent = spent_by(run, "rtb", "rtb_image", asked)
+    config = settings.share / "config.json"
+    if config.exists():  # else the job says what is not there
+        theirs, ours = (json.loads((one / config.name).read_text()) for one in (run, config.parent))
+        for name in ("data_sha256", "prior"):
+            check_same(run, name, theirs[name], ours[name])
+        levels = [made["settings"]["prior"]["levels"] for made in (theirs, ours)]
+        check_same(run, "levels", *levels)
+    return spent
 
 
 def chosen_methods(settings: Settings) -> tuple[str, ...]:
@@ -100,16 +109,16 @@ def main(settings: Settings) -> None:
     if Accelerator().num_processes > 1:
         raise InputError("the baselines train in one process; start them without a launcher")
     names = chosen_methods(settings)
-    training, each = calls_of_rtb(settings)
-    job = open_image_job(settings, program="image_baselines")
+    spent = calls_of_rtb(settings)
+    job = open_image_job(settings, program="image_baselines", spent=spent)
     free, fitted = training_free(job.classifier, job.labels), trained_baselines()
-    budget = CallBudget(settings.calls or each, job.draws_each, job.prior.diffusion.levels)
+    budget = CallBudget(settings.calls or spent.each, job.draws_each, job.prior.diffusion.levels)
     model = (job.prior.diffusion, job.prior.denoiser, job.target.log_reward, job.condition)
 
     for name in names:
         Console().print(f"[bold]{name}[/bold]")
         if name in fitted:
-            posterior = fit(job, fitted[name], training, settings.learning_rate)
+            posterior = fit(job, fitted[name], spent.training, settings.learning_rate)
             job.measure(name, partial(job.draw, posterior), posterior.results)
         else:
             method = partial(free[name], *model, budget=budget, beta=settings.beta)

@@ -40,7 +40,7 @@ from rtb_rl.tasks.text_to_image.named_rewards import named_reward
 from rtb_rl.tasks.text_to_image.rewards import is_differentiable
 from rtb_rl.tasks.text_to_image.settings import budget_for
 from rtb_rl.training import generator_for
-from rtb_rl.training.equal_calls import Spent, spent_by, updates_within
+from rtb_rl.training.equal_calls import Spent, check_same, spent_by, updates_within
 from rtb_rl.training.settings import check_beta
 from rtb_rl.training.table import slug
 
@@ -108,22 +108,15 @@ def calls_of_rtb(settings: Settings) -> Spent:
     asked = {"prior": settings.prior, "prompts": prompts, "reward": reward}
     asked |= {"negative": settings.negative, "size": settings.size}
     spent = spent_by(run, "rtb", "rtb_text_to_image", asked)
-    guidance = budget_for(settings.budget, settings.prior).guidance
-    theirs = json.loads((run / "config.json").read_text())["settings"]["guidance"]
+    theirs = json.loads((run / "config.json").read_text())
     check_same(run, "beta", beta_of(run), settings.beta)
-    check_same(
-        run, "guidance", theirs, guidance if settings.guidance is None else settings.guidance
-    )
+    check_same(run, "ancestral", theirs.get("ancestral", False), settings.ancestral)
+    budget = budget_for(settings.budget, settings.prior)
+    for name in ("guidance", "levels"):
+        given = getattr(settings, name)
+        ours = getattr(budget, name) if given is None else given
+        check_same(run, name, theirs["settings"][name], ours)
     return spent
-
-
-def check_same(run: Path, name: str, theirs: float, ours: float) -> None:
-    """InputError for a run that was asked for something else."""
-    if theirs != ours:
-        raise InputError(
-            f"{run} has {name} {theirs}, and {ours} is asked for here; name a run of the same"
-            f" {name} with --against"
-        )
 
 
 def check_methods(settings: Settings) -> None:
@@ -169,7 +162,7 @@ def main(settings: Settings) -> None:
     asked = settings.lora_rank is not None
     rank: dict[str, Any] = {"lora_rank": settings.lora_rank} if asked else {}
     check_methods(settings)
-    job = open_text_to_image_job(settings, program="text_to_image_baselines", **rank)
+    job = open_text_to_image_job(settings, program="text_to_image_baselines", spent=spent, **rank)
     differentiable = job.measure.log_reward.differentiable
     names = settings.methods or all_methods(differentiable=differentiable)
     budget = CallBudget(settings.calls or spent.each, job.budget.draws, job.prior.diffusion.levels)

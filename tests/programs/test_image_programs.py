@@ -281,6 +281,42 @@ def test_baselines_of_another_target_are_refused(even, tmp_path):
     assert not (tmp_path / "base").exists()
 
 
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ({"program": "rtb_text_to_image"}, "is a run of rtb_text_to_image, not of rtb_image"),
+        ({"data_sha256": "other"}, "has data_sha256 other, and .* is asked for here.*--against"),
+        ({"prior": "google/ddpm"}, "has prior google/ddpm, and None is asked for here"),
+        ({"settings": {"prior": {"levels": 50}}}, f"has levels 50, and {LEVELS} is asked for"),
+    ],
+)
+def test_an_allowance_of_another_problem_is_refused(told, words, even, tmp_path):
+    against = changed_copy(even, tmp_path / "against", told)
+    with pytest.raises(InputError, match=words):
+        run(tmp_path / "base", image_baselines, share=even, against=against)
+    assert not (tmp_path / "base").exists()
+
+
+def test_rows_of_another_allowance_are_not_kept(even, tmp_path):
+    """They would stand beside the new ones, or in their place."""
+    given = dict(share=even, methods=("best of N",))
+    run(tmp_path / "base", image_baselines, **given)
+    rows = json.loads((even / "results.json").read_text())["methods"]
+    rows["rtb"]["training_calls"] *= 10
+    against = changed_copy(even, tmp_path / "against", {}, methods=rows)
+    with pytest.raises(InputError, match=r"another configuration: .*spent"):
+        run(tmp_path / "base", image_baselines, **given, against=against)
+
+
+def changed_copy(directory, copy, told, **results):
+    """What a finished run says, changed."""
+    copy.mkdir()
+    for name, changed in (("config", told), ("results", results)):
+        content = json.loads((directory / f"{name}.json").read_text()) | changed
+        (copy / f"{name}.json").write_text(json.dumps(content))
+    return copy
+
+
 def pipeline_of(folder, scheduler, shape=(1, 8, 8), levels=LEVELS):
     unet = new_unet(shape, PriorSettings(widths=(8, 16), levels=levels), generator=seeded(0))
     DDPMPipeline(unet, scheduler).save_pretrained(folder)

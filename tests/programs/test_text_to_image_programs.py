@@ -5,6 +5,7 @@ its files, and what they refuse.
 import json
 import math
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -328,6 +329,7 @@ def test_the_trained_baselines_have_a_rate_of_their_own(shapes, tmp_path, monkey
         (dict(lora_rank=-1), "adapters of rank -1 hold nothing"),
         (dict(negative="ugly"), "has negative , and ugly is asked for here.*--against"),
         (dict(size=32), "has size None, and 32 is asked for here.*--against"),
+        (dict(levels=9), "has levels 4, and 9 is asked for here.*--against"),
         (dict(guidance=9.0), "has guidance 2.0, and 9.0 is asked for here.*--against"),
         (dict(prior="folder", prompts=("a",), reward="compressible"), "has prior shapes, and fold"),
     ],
@@ -347,6 +349,18 @@ def test_a_beta_for_each_number_of_a_latent_is_not_that_of_the_baselines(shapes,
     assert json.loads((shapes / "results.json").read_text())["beta"] == 1.0
     with pytest.raises(InputError, match=r"has beta 256.0, and 1.0 is asked for here.*--against"):
         run(tmp_path / "out", text_to_image_baselines, share=shapes, against=against)
+
+
+def test_rows_of_another_allowance_are_not_kept(shapes, tmp_path):
+    """Also where it is that of another --share."""
+    given = dict(methods=("best of N",))
+    run(tmp_path / "base", text_to_image_baselines, **given, share=shapes)
+    other = shutil.copytree(shapes, tmp_path / "other")
+    results = json.loads((other / "results.json").read_text())
+    results["methods"]["rtb"]["training_calls"] *= 10
+    (other / "results.json").write_text(json.dumps(results))
+    with pytest.raises(InputError, match=r"another configuration: .*spent"):
+        run(tmp_path / "base", text_to_image_baselines, **given, share=other)
 
 
 def test_baselines_refuse_to_train_in_several_processes(shapes, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from torch import nn
 from rtb_rl.errors import InputError
 from rtb_rl.training.equal_calls import Spent, spent_by, updates_within
 
-CONFIG = {"target": "even", "beta": 2.0, "prompts": ["a cat"]}
+CONFIG = {"program": "a_program", "target": "even", "beta": 2.0, "prompts": ["a cat"]}
 ROW = {"training_calls": 1000, "draws": 50, "calls": 20}
 
 
@@ -41,6 +41,12 @@ def test_a_run_that_was_asked_for_something_else(name, value, tmp_path):
     run = finished(tmp_path / "run")
     with pytest.raises(InputError, match=f"has {name} .*is asked for here; name a run of the same"):
         spent_by(run, "rtb", "a_program", {**CONFIG, name: value})
+
+
+def test_a_run_of_another_program(tmp_path):
+    run = finished(tmp_path / "run")
+    with pytest.raises(InputError, match="is a run of a_program, not of another; name one"):
+        spent_by(run, "rtb", "another", {})
 
 
 class Trainer:

@@ -15,7 +15,7 @@ STAGES = ("classifier", "judge", "reference_draws")
 SHA = "prior_sha256"
 NO_CHOICE = ("data", "data_sha256", "target", "seed", "prior_seed", "budget", "prior", "levels")
 NO_CHOICE += ("unclipped", "share", "beta", "finetune.beta", "draws", "methods", "against")
-NO_CHOICE += ("program", "settings")
+NO_CHOICE += ("program", "settings", "spent")
 """Of a configuration: what says nothing of how a method works, or is asked of all methods alike."""
 
 

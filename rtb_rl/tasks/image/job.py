@@ -24,16 +24,20 @@ from rtb_rl.tasks.image.prior import (
 )
 from rtb_rl.tasks.image.settings import Budget, ImageSettings, budget_for
 from rtb_rl.tasks.image.target import ImageTarget, class_target, every_class_target
+from rtb_rl.training.equal_calls import Spent
 from rtb_rl.training.run import Run
 from rtb_rl.training.seeding import generator_for
 from rtb_rl.training.settings import check_beta, check_settings
 from rtb_rl.training.stage import device_for_training
 
 
-def open_image_job(settings: ImageSettings, *, program: str, **posterior: Any) -> ImageJob:
+def open_image_job(
+    settings: ImageSettings, *, program: str, spent: Spent | None = None, **posterior: Any
+) -> ImageJob:
     """Load and check all that is given, fit what is not: prior, classifiers, prior draws.
 
-    `posterior`: what the program changes of the budget's PosteriorSettings. Raises InputError for
+    `spent`: what the methods of the job may spend; rows of a run belong to one budget. `posterior`:
+    what the program changes of the budget's PosteriorSettings. Raises InputError for
     data, classes, a pipeline or a shared run that don't fit, before anything is trained or written.
     """
     check_beta(settings.beta)
@@ -42,6 +46,7 @@ def open_image_job(settings: ImageSettings, *, program: str, **posterior: Any) -
     budget = _budget(settings, data, posterior)
     given = {name: value for name, value in asdict(settings).items() if name != "out"}
     facts = {"data_sha256": data.sha256, "settings": asdict(budget), "program": program}
+    facts |= {} if spent is None else {"spent": spent._asdict()}
     prior = None if settings.prior is None else _foreign(settings, budget, data)
     _check_unet(budget, data, prior, conditional=labels is None)
     if settings.share is not None:

@@ -1,5 +1,6 @@
 """Finished text-to-image runs side by side: which of their rows are one table, and one line."""
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ SAMPLING = "ancestral"
 """Of the same: another sampler draws from another prior. Runs older than this option used none."""
 NO_CHOICE = (*TASK, SAMPLING, "prior", "prompt_file", "reward", "seed", "beta", "finetune.beta")
 NO_CHOICE += ("budget", "draws", "levels", "guidance", "methods", "against", "program", "settings")
+NO_CHOICE += ("spent",)
 """Of a configuration: what says nothing of how a method works, or is asked of all methods alike."""
 
 
@@ -74,7 +76,9 @@ def beta_of(directory: Path) -> float:
     """The beta of the target p r^beta of a finished run, whatever it was counted for: see
     `nominal_beta`. InputError where an old run doesn't say.
     """
-    config, results, _ = read_finished(directory, PROGRAMS)
+    config, results = (
+        json.loads((directory / f"{name}.json").read_text()) for name in ("config", "results")
+    )
     if "beta" in results:
         return float(results["beta"])
     if config["settings"]["posterior"].get("per_dimension"):

@@ -37,6 +37,7 @@ from rtb_rl.tasks.text_to_image.shapes import CELLS, cell_log_probs
 from rtb_rl.tasks.text_to_image.shapes_prior import fit_shapes_prior, new_shapes_pipeline
 from rtb_rl.tasks.text_to_image.target import MakeLogZ, PromptTarget, learned_log_z
 from rtb_rl.tasks.text_to_image.trainers import nominal_beta
+from rtb_rl.training.equal_calls import Spent
 from rtb_rl.training.run import Run
 from rtb_rl.training.seeding import generator_for
 from rtb_rl.training.settings import check_beta, check_settings
@@ -48,13 +49,15 @@ def open_text_to_image_job(
     *,
     program: str,
     make_log_z: MakeLogZ = learned_log_z,
+    spent: Spent | None = None,
     **posterior: Any,
 ) -> TextToImageJob:
     """Load and check all that is given, make what is not: a pipeline of shapes, prior draws.
 
-    `posterior`: what the program changes of the budget's TextToImagePosteriorSettings. Raises
-    InputError for prompts, a reward, a pipeline or a shared run that don't fit, before anything is
-    trained or written.
+    `spent`: what the methods of the job may spend; rows of a run belong to one budget. `posterior`:
+    what the program changes of the budget's TextToImagePosteriorSettings. Raises InputError for
+    prompts, a reward, a pipeline or a shared run that don't fit, before anything is trained or
+    written.
     """
     check_beta(settings.beta)
     prompts, name = prompts_of(settings), reward_of(settings)
@@ -71,6 +74,7 @@ def open_text_to_image_job(
     make_log_z(prior.prompts, budget.posterior.finetune.mix.total, generator_for(0, "check"))
     given = {key: value for key, value in asdict(settings).items() if key not in ("out", "share")}
     facts = {**prompts.facts, "reward": name, "settings": asdict(budget), "program": program}
+    facts |= {} if spent is None else {"spent": spent._asdict()}
     root = settings.share or settings.out
     with Accelerator().main_process_first():
         if settings.share is None:
