@@ -184,7 +184,8 @@ def test_a_published_pipeline_with_a_file_of_prompts(given, tmp_path, capsys):
     card = (folder / "README.md").read_text()
     assert f"beta = {4 * 8 * 8}" in card and "latents=latents" in card
     assert "DDIMScheduler.from_config" in card
-    assert results["methods"]["rtb"]["draws"] == 2 * DRAWS
+    row = results["methods"]["rtb"]
+    assert row["draws"] == 2 * DRAWS and row["calls"] == LEVELS + 1  # one more for the first noise
 
 
 def test_all_weights_of_a_pipeline(given, tmp_path, capsys):

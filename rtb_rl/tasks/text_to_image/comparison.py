@@ -103,7 +103,7 @@ class TextToImageJob:
         batches = conditions.split(each, len(each), self.budget.draw_batch)
         parts = [sampler.sample(part, 1, generator=generator)[:, 0] for part, _ in batches]
         x0 = torch.cat(parts).reshape(len(self.condition), self.budget.draws, *parts[0].shape[1:])
-        return Draws(x0, self.prior.diffusion.levels)
+        return Draws(x0, sampler.diffusion.levels)
 
     def draw_by_weight(self, posterior: TextToImagePosterior, generator: Generator) -> Draws:
         """Draws of a trained posterior for every prompt, kept by the weights of their paths."""
