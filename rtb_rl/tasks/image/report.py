@@ -1,5 +1,6 @@
 """Side by side: a table of methods against the reference, and a figure of what they draw."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ COLUMNS = {
 
 SIDE = 6  # images a side of a grid
 COLUMNS_OF_FIGURE = 5
+CUT = 2.5
+"""Bars are cut at so many times the median, over the methods, of the largest share of each."""
+INCHES_OF_LETTER = 0.05
 
 
 def reference_row(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,7 +69,8 @@ def draw_figure(
 ):
     """A grid of images [n, C, H, W] in [0, 1] for each name, and below it its class histogram.
 
-    Without a histogram for a name that place stays empty.
+    Without a histogram for a name that place stays empty. A bar that leaves the others no room is
+    cut, with its share beside it.
     """
     import matplotlib
 
@@ -74,17 +79,19 @@ def draw_figure(
 
     columns = min(len(grids), COLUMNS_OF_FIGURE)
     bands = -(-len(grids) // columns)
+    longest = max(map(len, classes), default=0)
+    turned = longest > 2
     figure, axes = pyplot.subplots(
         2 * bands,
         columns,
-        figsize=(2.1 * columns, 3.1 * bands),
+        figsize=(2.1 * columns, (3.0 + INCHES_OF_LETTER * longest * turned) * bands),
         height_ratios=(3, 1) * bands,
         squeeze=False,
+        layout="constrained",
     )
     for axis in axes.flat:
         axis.axis("off")
-    turned = 90 if any(len(name) > 2 for name in classes) else 0
-    highest = 1.05 * max((max(shares) for shares in histograms.values()), default=1.0)
+    highest = highest_shown([max(shares) for shares in histograms.values()])
     for index, (name, images) in enumerate(grids.items()):
         band, column = divmod(index, columns)
         top, bottom = axes[2 * band, column], axes[2 * band + 1, column]
@@ -93,12 +100,26 @@ def draw_figure(
         if name in histograms:
             bottom.axis("on")
             bottom.bar(range(len(classes)), histograms[name], color="#1f77b4")
-            bottom.set_xticks(range(len(classes)), list(classes), fontsize=6, rotation=turned)
+            rotation = 90 * turned
+            bottom.set_xticks(range(len(classes)), list(classes), fontsize=6, rotation=rotation)
             bottom.set_ylim(0, highest)
             bottom.set_yticks([])
-    figure.tight_layout()
+            for place, share in enumerate(histograms[name]):
+                if share > highest:
+                    side = ("right", -0.6) if place > len(classes) / 2 else ("left", 0.6)
+                    x, y = place + side[1], 0.9 * highest
+                    bottom.text(x, y, f"{share:.2f}", fontsize=6, ha=side[0], va="top")
     figure.savefig(path, dpi=130)
     return figure
+
+
+def highest_shown(largest: Sequence[float]) -> float:
+    """Top of all histograms, by the largest share of each: one collapsed method doesn't flatten the
+    others.
+    """
+    if not largest:
+        return 1.0
+    return 1.05 * min(max(largest), CUT * statistics.median(largest))
 
 
 def mosaic(images: Tensor) -> np.ndarray:

@@ -9,6 +9,7 @@ from rtb_rl.tasks.image.report import (
     COLUMNS,
     SIDE,
     draw_figure,
+    highest_shown,
     markdown,
     mosaic,
     print_table,
@@ -108,3 +109,16 @@ def test_the_figure_has_a_grid_and_a_histogram_for_every_name(tmp_path):
     pixels = files.imread(tmp_path / "figure.png")
     assert min(pixels.shape[:2]) > 300 and pixels[..., :3].std() > 0.05
     pyplot.close(figure)
+
+
+def test_a_collapsed_method_does_not_flatten_the_histograms_of_others(tmp_path):
+    grids = {name: torch.zeros(4, 1, 8, 8) for name in ("prior", "rtb", "DDPO")}
+    shares = {"prior": [0.5, 0.5, 0.0], "rtb": [0.2, 0.3, 0.5], "DDPO": [0.0, 0.0, 1.0]}
+    wide = {name: [*values, *[0.0] * 7] for name, values in shares.items()}
+    wide |= {"prior": [0.1] * 10, "rtb": [0.08] * 9 + [0.28]}
+    figure = draw_figure(tmp_path / "figure.png", grids, wide, [str(n) for n in range(10)])
+    below = [axis for axis in figure.axes if axis.patches]
+    tops = [axis.get_ylim()[1] for axis in below]
+    assert tops == pytest.approx([1.05 * 2.5 * 0.28] * 3)
+    assert [[text.get_text() for text in axis.texts] for axis in below] == [[], [], ["1.00"]]
+    assert highest_shown([0.5, 0.4]) == pytest.approx(1.05 * 0.5) and highest_shown([]) == 1.0
