@@ -1,5 +1,6 @@
 """What every training-free method returns, and the counting of what it cost."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from rtb_rl.core import Denoiser, LogReward, OnDemandLogProbs, conditions
 from rtb_rl.core.protocols import Condition
-from rtb_rl.errors import InputError, NonFiniteError
+from rtb_rl.core.rewards import checked_log_reward
+from rtb_rl.errors import InputError
 from rtb_rl.training.scoring import LOG_REWARD_FLOOR
 
 
@@ -77,28 +79,25 @@ class CountedDenoiser:
 
 
 def tempered(log_reward: LogReward, beta: float) -> LogReward:
-    """beta log r, nats: [batch]; minus infinity counts as the floor of training.
+    """beta log r, nats: [batch], float32 or better; minus infinity counts as the floor of training.
 
-    Differentiable where log r is. InputError for another shape than [batch], NonFiniteError for NaN
-    or plus infinity.
+    Differentiable where log r is. InputError for a beta that isn't finite and for another shape
+    than [batch], NonFiniteError for NaN or plus infinity.
     """
+    if not math.isfinite(beta):
+        raise InputError(f"beta is {beta}; give a finite number")
 
     def checked(x0: Tensor, condition: Condition) -> Tensor:
-        values = log_reward(x0, condition)
-        if values.shape != (len(x0),):
-            raise InputError(
-                f"log_reward returned {tuple(values.shape)} for {len(x0)} points; return one number"
-                f" a point, shape ({len(x0)},)"
-            )
-        bad = values.isnan() | (values == torch.inf)
-        if bool(bad.any()):
-            raise NonFiniteError(
-                f"log_reward is NaN or +inf at {int(bad.sum())} of {len(x0)} points; return finite"
-                " log r in nats, or -inf where a point is impossible"
-            )
+        values = checked_log_reward(log_reward(x0, condition), len(x0), "log_reward")
         return beta * values.clamp(min=LOG_REWARD_FLOOR)
 
     return checked
+
+
+def check_count(name: str, value: int) -> None:
+    """InputError for less than one."""
+    if value < 1:
+        raise InputError(f"{name} is {value}; give 1 or more")
 
 
 def in_batches(function: Callable[..., Any], size: int) -> Callable[..., Any]:

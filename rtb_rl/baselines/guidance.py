@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Generator, Tensor
 
-from rtb_rl.baselines.draws import CountedDenoiser, Draws, as_rows, tempered
+from rtb_rl.baselines.draws import CountedDenoiser, Draws, as_rows, check_count, tempered
 from rtb_rl.baselines.guidance_steps import (
     Guidance,
     GuidanceStep,
@@ -163,6 +163,7 @@ def lgd_mc(
     3 K calls a draw: all `particles` share one backward pass through the network. K * particles
     gradients of log r.
     """
+    check_count("particles", particles)
     likelihood = smoothed_likelihood(diffusion, log_reward, beta, particles, generator=generator)
     maximum = point_maximum(log_reward, beta)
     return _guided(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from rtb_rl.baselines.draws import CountedDenoiser, Draws, tempered
+from rtb_rl.baselines.draws import CountedDenoiser, Draws, check_count, tempered
 from rtb_rl.core import (
     Denoiser,
     Diffusion,
@@ -100,6 +100,7 @@ def importance_reference(
     """`count` prior draws for each row with their weights; `batch` draws are made together, and
     another `batch` gives other draws.
     """
+    check_count("count", count)
     x0, score = _candidates(
         Sampler(diffusion, denoiser),
         tempered(log_reward, beta),
@@ -127,6 +128,7 @@ def importance_resampling(
 
     candidates * K / n calls a draw. With `ess` * candidates below n, draws repeat.
     """
+    check_count("candidates", candidates)
     counted = CountedDenoiser(denoiser)
     reference = importance_reference(
         diffusion,
@@ -161,6 +163,7 @@ def best_of_n(
     A law of its own, not prior * r^beta / Z: its KL from the prior is log N - (N - 1) / N nats for
     N candidates without ties, whatever the reward, and of `beta` the sign alone matters.
     """
+    check_count("candidates", candidates)
     counted = CountedDenoiser(denoiser)
     x0, score = _candidates(
         Sampler(diffusion, counted),

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Generator, Tensor
 
-from rtb_rl.baselines.draws import CountedDenoiser, Draws, as_rows, tempered
+from rtb_rl.baselines.draws import CountedDenoiser, Draws, as_rows, check_count, tempered
 from rtb_rl.baselines.guidance import look_ahead_in_batches, point_likelihood
 from rtb_rl.core import (
     Denoiser,
@@ -182,6 +182,16 @@ class _Swarm:
     levels: Collection[int]
     particles: int
     threshold: float
+
+    def __post_init__(self):
+        check_count("particles", self.particles)
+        if not 0 <= self.threshold <= 1:
+            raise InputError(f"ess_threshold is {self.threshold}; give a share from 0 to 1")
+        if unknown := sorted(set(self.levels) - set(range(1, self.diffusion.levels + 1))):
+            raise InputError(
+                f"there is no level {unknown[0]} in a diffusion of {self.diffusion.levels}; give"
+                f" some of 1 to {self.diffusion.levels}"
+            )
 
     @torch.no_grad()
     def draws(

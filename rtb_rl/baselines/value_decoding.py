@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from rtb_rl.baselines.draws import CountedDenoiser, Draws, as_rows, tempered
+from rtb_rl.baselines.draws import CountedDenoiser, Draws, as_rows, check_count, tempered
 from rtb_rl.baselines.selection import BATCH
 from rtb_rl.baselines.steering import CleanEstimate, Move, predicted_mean
 from rtb_rl.core import (
@@ -131,8 +131,7 @@ def _check(
     diffusion: Diffusion, candidates: int, temperature: float, clean: CleanEstimate, batch: int
 ) -> None:
     for name, value in (("candidates", candidates), ("batch", batch)):
-        if value < 1:
-            raise InputError(f"{name} is {value}; give 1 or more")
+        check_count(name, value)
     if not 0 <= temperature < math.inf:
         raise InputError(
             f"temperature is {temperature}; give a positive number, or 0 to keep the best"

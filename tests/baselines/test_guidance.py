@@ -21,6 +21,8 @@ from rtb_rl.baselines.guidance_steps import (
     normalised_step,
     posterior_mean_step,
 )
+from rtb_rl.baselines.selection import best_of_n, importance_resampling
+from rtb_rl.baselines.steering import fk_steering, twisted_smc
 from rtb_rl.core import (
     GaussianDiffusion,
     GaussianKernel,
@@ -320,5 +322,32 @@ def test_a_reward_is_checked():
         tempered(lambda x0, condition: x0, 1.0)(x0, None)
     with pytest.raises(NonFiniteError, match="at 3 of 3 points"):
         tempered(lambda x0, condition: x0[:, 0] + math.nan, 1.0)(x0, None)
+    with pytest.raises(InputError, match="returned list for 3 points"):
+        tempered(lambda x0, condition: [0.0] * 3, 1.0)(x0, None)
     floored = tempered(lambda x0, condition: x0[:, 0] - math.inf, 2.0)(x0, None)
     assert floored.tolist() == [-2e6] * 3
+    half = tempered(lambda x0, condition: x0[:, 0].half() - 1, 2.0)(x0, None)
+    assert half.dtype == torch.float32 and half.tolist() == [-2.0] * 3
+
+
+METHODS = (best_of_n, importance_resampling, fk_steering, twisted_smc, dps, lgd_mc)
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "words"),
+    [
+        *((m, {"beta": math.nan}, "beta is nan; give a finite number") for m in METHODS),
+        (best_of_n, {"candidates": 0}, "candidates is 0; give 1 or more"),
+        (importance_resampling, {"candidates": 0}, "candidates is 0; give 1 or more"),
+        (lgd_mc, {"particles": 0}, "particles is 0; give 1 or more"),
+        (fk_steering, {"particles": 0}, "particles is 0; give 1 or more"),
+        (twisted_smc, {"particles": -4}, "particles is -4; give 1 or more"),
+        (fk_steering, {"ess_threshold": 50.0}, "ess_threshold is 50.0; give a share from 0 to 1"),
+        (fk_steering, {"ess_threshold": math.nan}, "ess_threshold is nan; give a share"),
+        (fk_steering, {"levels": [99]}, "there is no level 99 in a diffusion of"),
+    ],
+)
+def test_settings_without_a_meaning_are_refused(method, given, words):
+    """Some returned draws with a log Z of NaN, some ended deep inside."""
+    with pytest.raises(InputError, match=words):
+        method(CHAIN, PRIOR, lambda x0, condition: x0.sum(1), None, 4, **given, generator=seeded())

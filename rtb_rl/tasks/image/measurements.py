@@ -76,6 +76,10 @@ class SuperResolution:
 
     factor: int = 2
 
+    def __post_init__(self):
+        if self.factor < 1:
+            raise InputError(f"squares of {self.factor} pixels have no mean; give 1 or more")
+
     def apply(self, x: Tensor) -> Tensor:
         if x.shape[2] % self.factor or x.shape[3] % self.factor:
             raise InputError(

@@ -198,3 +198,9 @@ def test_what_does_not_fit_is_refused():
     for condition in (None, {"y": x}):
         with pytest.raises(InputError, match="needs the condition {'observation': y}"):
             measurement_reward(measurement)(x, condition)
+
+
+@pytest.mark.parametrize("factor", [0, -2])
+def test_squares_without_pixels_are_refused(factor):
+    with pytest.raises(InputError, match=f"squares of {factor} pixels have no mean"):
+        SuperResolution(factor)
