@@ -8,8 +8,10 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from filelock import FileLock, Timeout
 
 from rtb_rl.rl import collect, load_dataset
+from rtb_rl.rl.data.file_lock import held_lock
 
 DATA = bytes(range(256)) * 2000
 SECONDS = 60
@@ -198,3 +200,11 @@ def test_a_data_set_in_a_folder_that_cannot_be_written_is_read_without_a_lock(
     assert len(download.fetch_minari("far/hopper-v0")) > 0
     assert collect("hopper-random", steps=20, seed=0, dataset_id="far/hopper-v0")
     shutil.rmtree(folder / "far")
+
+
+def test_a_lock_is_free_after_its_work_though_it_is_still_known(tmp_path):
+    held = held_lock(tmp_path / "lock", "works")
+    with held, pytest.raises(Timeout):
+        FileLock(tmp_path / "lock").acquire(timeout=0)
+    with FileLock(tmp_path / "lock").acquire(timeout=0):
+        assert held is not None

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import minari
-from filelock import FileLock
+from filelock import AcquireReturnProxy
 from minari.storage.datasets_root_dir import get_dataset_path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
@@ -68,7 +68,7 @@ def fetch(urls: Sequence[str], file: Path, *, sha256: str | None = None) -> Path
     return file
 
 
-def _lock(file: Path) -> FileLock:
+def _lock(file: Path) -> AcquireReturnProxy:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         return held_lock(file.with_name(f"{file.name}.lock"), f"downloads {file.name}")
@@ -188,10 +188,8 @@ def fetch_minari(dataset_id: str) -> minari.MinariDataset:
 
     What another process downloads or collects is waited for.
     """
-    data, lock = (
-        get_dataset_path(dataset_id) / "data",
-        data_set_lock(get_dataset_path(), dataset_id),
-    )
+    data = get_dataset_path(dataset_id) / "data"
+    lock = data_set_lock(get_dataset_path(), dataset_id)
     if not data.exists() or lock.exists():  # who downloads makes the folder first
         with _held_where_writable(lock, f"downloads {dataset_id}"):
             if not data.exists():

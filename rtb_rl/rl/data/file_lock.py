@@ -2,23 +2,23 @@
 
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from rich.console import Console
 
 
-def held_lock(path: Path, work: str) -> FileLock:
-    """The lock of `path`, held; says which work of another process has to be waited for.
+def held_lock(path: Path, work: str) -> AcquireReturnProxy:
+    """The lock of `path`, held until the end of a `with`; says which work of another process has to
+    be waited for.
 
     The lock of a process that died is free. OSError where `path` can't be written.
     """
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)  # not the lock, which `with` would take a second time
     except Timeout:
         told = f"waiting for the run that {work}"
         Console(stderr=True).print(told, highlight=False, markup=False, soft_wrap=True)
-        lock.acquire()
-    return lock
+        return lock.acquire()
 
 
 def data_set_lock(root: Path, dataset_id: str) -> Path:
